@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+"""N:M sparsity for the Hugging Face stack."""
+
+from .pattern import NMPattern
+
+__version__ = "0.1.0.dev0"

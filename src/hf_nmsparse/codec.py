@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The reference of the on-disk formats (docs/FORMAT.md): pure functions, in pairs.
+
+    mask   <-> codes          `mask_to_codes`, `codes_to_mask`
+    codes  <-> packed bytes   `pack_codes`, `unpack_codes`
+    weight <-> (values, ids)  `pack_24`, `unpack_24`
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+
+from .errors import FormatError, PatternError
+from .pattern import NMPattern
+
+
+@dataclass(frozen=True)
+class GroupCounts:
+    """How the groups of a tensor follow a pattern.
+
+    Args:
+        groups (`int`): groups in all.
+        over (`int`): groups with more non-zeros than the pattern keeps. Any makes the tensor unusable as n:m.
+        under (`int`): groups with fewer. Harmless, but capacity is given away.
+    """
+
+    groups: int
+    over: int
+    under: int
+
+    @property
+    def follows(self) -> bool:
+        """Whether no group has too many non-zeros."""
+        return self.over == 0
+
+
+def _grouped(mask: torch.Tensor, pattern: NMPattern) -> torch.Tensor:
+    """`[out, in]` -> `[out, groups, m]`, the tail padded with zeros."""
+    return F.pad(mask, (0, -mask.shape[1] % pattern.m)).unflatten(1, (-1, pattern.m))
+
+
+def _expected_kept(pattern: NMPattern, in_features: int, device: torch.device) -> torch.Tensor:
+    """Weights to keep in each group of a row, int64 `[groups]`."""
+    kept = torch.full((pattern.num_groups(in_features),), pattern.n, device=device)
+    if tail := pattern.tail(in_features):
+        kept[-1] = min(pattern.n, tail)
+    return kept
+
+
+def count_groups(mask: torch.Tensor, pattern: NMPattern) -> GroupCounts:
+    """Count the groups of `mask` (`[out, in]`, non-zero = kept) that keep too many or too few weights."""
+    kept = _grouped(mask != 0, pattern).sum(-1)
+    expected = _expected_kept(pattern, mask.shape[1], mask.device)
+    return GroupCounts(kept.numel(), int((kept > expected).sum()), int((kept < expected).sum()))
+
+
+def complete_mask(mask: torch.Tensor, pattern: NMPattern) -> tuple[torch.Tensor, int]:
+    """Fill groups that keep fewer than n weights, lowest index first.
+
+    Args:
+        mask (`torch.Tensor`): `[out, in]`, non-zero = kept.
+        pattern (`NMPattern`): the pattern to reach.
+
+    Returns:
+        the completed bool mask `[out, in]`, and how many groups were filled.
+
+    Raises:
+        PatternError: if a group keeps more weights than the pattern.
+    """
+    counts = count_groups(mask, pattern)
+    if counts.over:
+        raise PatternError(
+            f"{counts.over} of {counts.groups} groups keep more than {pattern.n} of {pattern.m} weights; "
+            f"the tensor is not {pattern} sparse along its last dimension"
+        )
+    in_features = mask.shape[1]
+    grouped = _grouped(mask != 0, pattern)
+    if counts.under == 0:
+        return mask != 0, 0
+    missing = _expected_kept(pattern, in_features, mask.device) - grouped.sum(-1)  # [out, groups]
+    free = ~grouped
+    if tail := pattern.tail(in_features):
+        free[:, -1, tail:] = False
+    grouped = grouped | (free & (free.cumsum(-1) <= missing.unsqueeze(-1)))
+    return grouped.flatten(1)[:, :in_features], counts.under
+
+
+# --- masks and codes ------------------------------------------------------------------------------------------------
+@lru_cache(maxsize=16)
+def _code_of_bits(n: int, m: int) -> torch.Tensor:
+    """Code of each m-bit word (position p is bit p), -1 where the word does not keep n; int64 `[2^m]`."""
+    pattern = NMPattern(n, m)
+    words = (pattern.candidates(dtype=torch.int64) << torch.arange(m)).sum(1)
+    return torch.full((2**m,), -1, dtype=torch.int64).scatter_(0, words, torch.arange(pattern.num_candidates))
+
+
+def mask_to_codes(mask: torch.Tensor, pattern: NMPattern) -> torch.Tensor:
+    """Codes of a mask that keeps exactly n of m (a tail of r: min(n, r)).
+
+    Args:
+        mask (`torch.Tensor`): `[out, in]`, non-zero = kept.
+
+    Returns:
+        int64 `[out, groups]`.
+
+    Raises:
+        PatternError: naming the first group that keeps another number of weights.
+    """
+    in_features = mask.shape[1]
+    grouped = _grouped(mask != 0, pattern)
+    tail = pattern.tail(in_features)
+    if 0 < tail < pattern.n:  # all of the tail is kept: code 0 stands for it, see NMPattern.tail_candidates
+        grouped[:, -1, tail : pattern.n] = True
+    words = (grouped.to(torch.int64) << torch.arange(pattern.m, device=mask.device)).sum(-1)
+    codes = _code_of_bits(pattern.n, pattern.m).to(mask.device)[words]
+    if bool((codes < 0).any()):
+        row, group = (codes < 0).nonzero()[0].tolist()
+        kept = int(_grouped(mask != 0, pattern)[row, group].sum())
+        raise PatternError(
+            f"row {row}, group {group} keeps {kept} weights, expected {pattern.n} of {pattern.m}; "
+            "complete the mask first (codec.complete_mask) if groups may keep fewer"
+        )
+    return codes
+
+
+def codes_to_mask(codes: torch.Tensor, pattern: NMPattern, in_features: int) -> torch.Tensor:
+    """Bool mask `[out, in_features]` of codes `[out, groups]` (any integer dtype)."""
+    return pattern.candidates(codes.device)[codes.long()].flatten(1)[:, :in_features]
+
+
+def pack_codes(codes: torch.Tensor, pattern: NMPattern, in_features: int) -> torch.Tensor:
+    """Pack codes k to b bytes: byte string = little-endian number `sum_i code_i * C^i`. Each row starts on a byte.
+
+    Args:
+        codes (`torch.Tensor`): integers `[out, groups]`, each below C(m, n).
+
+    Returns:
+        uint8 `[out, pattern.packed_row_bytes(in_features)]`.
+    """
+    k, b = pattern.packing
+    groups = pattern.num_groups(in_features)
+    runs = F.pad(codes.long(), (0, -groups % k)).unflatten(1, (-1, k))  # [out, runs, k]
+    # Horner's rule on base-256 digits, so that eight-byte numbers need no unsigned 64-bit arithmetic.
+    digits = [torch.zeros_like(runs[..., 0]) for _ in range(b)]
+    for i in reversed(range(k)):
+        carry = runs[..., i]
+        for j in range(b):
+            carry = carry + digits[j] * pattern.num_candidates
+            digits[j] = carry & 255
+            carry = carry >> 8
+    packed = torch.stack(digits, dim=-1).flatten(1).to(torch.uint8)
+    return packed[:, : pattern.packed_row_bytes(in_features)].contiguous()
+
+
+def unpack_codes(packed: torch.Tensor, pattern: NMPattern, in_features: int, name: str = "mask") -> torch.Tensor:
+    """Codes int64 `[out, groups]` of packed bytes; refuses every byte string that `pack_codes` cannot have written.
+
+    Raises:
+        FormatError: on a wrong dtype or width, a number out of range, or a code that its tail group may not use.
+    """
+    width = pattern.packed_row_bytes(in_features)
+    if packed.dtype != torch.uint8 or packed.dim() != 2 or packed.shape[1] != width:
+        raise FormatError(
+            f"{name}: packed {pattern} codes for in_features={in_features} must be uint8 [out, {width}], "
+            f"got {str(packed.dtype).removeprefix('torch.')} {list(packed.shape)}; the file is damaged or of another layer"
+        )
+    k, b = pattern.packing
+    groups = pattern.num_groups(in_features)
+    runs = F.pad(packed, (0, -width % b)).unflatten(1, (-1, b)).long()  # [out, runs, b]
+    digits = list(runs.unbind(-1))
+    codes = []
+    for _ in range(k):  # long division by C, most significant byte first
+        remainder = torch.zeros_like(digits[0])
+        for j in reversed(range(b)):
+            value = remainder * 256 + digits[j]
+            digits[j] = value // pattern.num_candidates
+            remainder = value - digits[j] * pattern.num_candidates
+        codes.append(remainder)
+    leftover = torch.stack(digits).any(0)
+    all_codes = torch.stack(codes, dim=-1).flatten(1)
+    if bool(leftover.any()) or bool(all_codes[:, groups:].any()):
+        bad = leftover.any(1) | all_codes[:, groups:].any(1)
+        raise FormatError(
+            f"{name}: row {int(bad.nonzero()[0])} holds a byte that encodes no {pattern} group; the mask is damaged, "
+            "fetch or write it again"
+        )
+    all_codes = all_codes[:, :groups].contiguous()
+    allowed = pattern.tail_candidates(in_features).to(packed.device)
+    if not bool(allowed[all_codes[:, -1]].all()):
+        row = int((~allowed[all_codes[:, -1]]).nonzero()[0])
+        raise FormatError(f"{name}: row {row} keeps a weight beyond in_features={in_features}; the mask is damaged")
+    return all_codes
+
+
+# --- packed 2:4 weights ---------------------------------------------------------------------------------------------
+def ids_of_24(mask: torch.Tensor) -> torch.Tensor:
+    """Column ids of an exactly 2:4 mask: uint8 `[out, in/8]`, four 2-bit ids a byte, low bits first, ascending.
+
+    Raises:
+        PatternError: if in_features is no multiple of 8 or a group does not keep exactly two.
+    """
+    out_features, in_features = mask.shape
+    if in_features % 8:
+        raise PatternError(f"in_features={in_features} is no multiple of 8; such a layer cannot be packed, keep it dense")
+    codes = mask_to_codes(mask, NMPattern(2, 4))
+    ids = NMPattern(2, 4).positions(mask.device)[codes].reshape(out_features, in_features // 8, 4)
+    return (ids << torch.tensor([0, 2, 4, 6], device=mask.device)).sum(-1).to(torch.uint8)
+
+
+def columns_of_24(ids: torch.Tensor) -> torch.Tensor:
+    """Column within its row of each packed value: int64 `[out, in/2]` from ids uint8 `[out, in/8]`."""
+    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=ids.device)
+    within = ((ids.unsqueeze(-1) >> shifts) & 3).flatten(1).long()  # [out, in/2]
+    return within + torch.arange(within.shape[1], device=ids.device) // 2 * 4
+
+
+def pack_24(weight: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values of `weight` (`[out, in]`) where `mask` keeps them, `[out, in/2]`, and their ids, uint8 `[out, in/8]`.
+
+    Raises:
+        PatternError: as `ids_of_24`.
+    """
+    ids = ids_of_24(mask)
+    return weight.gather(1, columns_of_24(ids)).contiguous(), ids
+
+
+def unpack_24(values: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Dense `[out, in]` of values `[out, in/2]` and ids uint8 `[out, in/8]`. Pruned positions are +0."""
+    dense = values.new_zeros(values.shape[0], values.shape[1] * 2)
+    return dense.scatter(1, columns_of_24(ids), values)
+
+
+def check_ids_24(ids: torch.Tensor, name: str) -> None:
+    """Refuse ids that are not two ascending positions a group.
+
+    Raises:
+        FormatError: naming the tensor, row and byte.
+    """
+    valid = _valid_id_bytes().to(ids.device)[ids.long()]
+    if not bool(valid.all()):
+        row, column = (~valid).nonzero()[0].tolist()
+        raise FormatError(
+            f"{name}: byte {column} of row {row} is {int(ids[row, column])}, which does not name two ascending positions "
+            "in each of two groups; the file is damaged, fetch or write it again"
+        )
+
+
+@lru_cache(maxsize=1)
+def _valid_id_bytes() -> torch.Tensor:
+    byte = torch.arange(256)
+    return ((byte & 3) < (byte >> 2 & 3)) & ((byte >> 4 & 3) < (byte >> 6 & 3))

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one record of a run that cards, reports and benchmarks read and write. What was not measured is absent."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import FormatError
+from .files import write_file
+
+SCHEMA_VERSION = 1
+
+
+@dataclass
+class RunResults:
+    """Everything that is known about one pruned model or mask. A field that is `None` or empty was not measured.
+
+    Args:
+        base_model (`str`, *optional*): Hub id or name of the dense model.
+        base_revision (`str`, *optional*): its commit.
+        pattern (`str`, *optional*): for example `"2:4"`.
+        method (`str`, *optional*): criterion or relaxation that gave the mask, for example `"candidates (prior polish)"`.
+        sparse_layers (`list[str]`): names of the pruned layers.
+        dense_layers (`list[str]`): linear layers left unpruned.
+        data (`dict[str, str]`): role ("calibration", "training", "evaluation") -> what text, with token counts.
+        seed (`int`, *optional*): seed of the run.
+        perplexity (`dict[str, float]`): row ("dense", "magnitude", ..., "learned") -> held-out token perplexity.
+        perplexity_tokens (`int`, *optional*): tokens scored for each row.
+        perplexity_sequence_length (`int`, *optional*): window length.
+        mask_bits_per_weight (`float`, *optional*): size of the mask file in bits over pruned weights.
+        mask_bits_bound (`float`, *optional*): log2 C(m, n) / m.
+        packed_ratio (`float`, *optional*): packed bytes of the pruned layers over their dense bfloat16 bytes.
+        sizes (`dict[str, int]`): bytes, for example {"mask": ..., "packed_model": ..., "dense_model": ...}.
+        reload_bit_equal (`bool`, *optional*): reloaded packed weights, decompressed, equal the merged ones.
+        base_unchanged (`bool`, *optional*): base state dict bit-equal before and after training.
+        steps (`int`, *optional*), planned_steps (`int`, *optional*): optimizer steps run, and meant to be run.
+        seconds (`float`, *optional*): wall time; `seconds_by_stage` splits it.
+        history (`list[dict]`): log lines of training ("step", "loss", "nm/flip_rate", "nm/max_prob", ...).
+        layers (`list[dict]`): one dict a pruned layer ("name", "relative_error", "kept_energy", "flip_rate", ...).
+        sample (`dict[str, str]`, *optional*): {"prompt", "dense", "packed"} generated text.
+        speed (`list[dict]`): measured kernels ("name", "tokens", "milliseconds", "ratio", "device").
+        command (`str`, *optional*): what to type to get the same.
+        environment (`dict[str, str]`): versions and machine, see `environment()`.
+    """
+
+    base_model: str | None = None
+    base_revision: str | None = None
+    pattern: str | None = None
+    method: str | None = None
+    sparse_layers: list[str] = field(default_factory=list)
+    dense_layers: list[str] = field(default_factory=list)
+    data: dict[str, str] = field(default_factory=dict)
+    seed: int | None = None
+    perplexity: dict[str, float] = field(default_factory=dict)
+    perplexity_tokens: int | None = None
+    perplexity_sequence_length: int | None = None
+    mask_bits_per_weight: float | None = None
+    mask_bits_bound: float | None = None
+    packed_ratio: float | None = None
+    sizes: dict[str, int] = field(default_factory=dict)
+    reload_bit_equal: bool | None = None
+    base_unchanged: bool | None = None
+    steps: int | None = None
+    planned_steps: int | None = None
+    seconds: float | None = None
+    seconds_by_stage: dict[str, float] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    sample: dict[str, str] | None = None
+    speed: list[dict[str, Any]] = field(default_factory=list)
+    command: str | None = None
+    environment: dict[str, str] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    def write(self, path: str | os.PathLike) -> Path:
+        """Write as JSON, whole or not at all."""
+        return write_file(path, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def read(cls, path: str | os.PathLike) -> RunResults:
+        """Read what `write` wrote.
+
+        Raises:
+            FormatError: if the file is not JSON, or of a newer schema.
+        """
+        try:
+            content = json.loads(Path(path).read_text())
+        except json.JSONDecodeError as error:
+            raise FormatError(f"{path} is not JSON ({error}); it is no results file") from error
+        version = content.get("schema_version") if isinstance(content, dict) else None
+        if version != SCHEMA_VERSION:
+            raise FormatError(
+                f"{path}: results schema version {version!r}, this hf_nmsparse reads {SCHEMA_VERSION}; upgrade hf-nmsparse "
+                "or run the command again"
+            )
+        known = {f.name for f in dataclasses.fields(cls)}
+        return cls(**{key: value for key, value in content.items() if key in known})
+
+
+def environment() -> dict[str, str]:
+    """Versions and machine of this process. Does not initialise a GPU that is not already in use."""
+    packages = ("hf-nmsparse", "torch", "transformers", "peft", "accelerate", "huggingface-hub", "triton")
+    found = {}
+    for name in packages:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    found["python"] = sys.version.split()[0]
+    found["platform"] = platform.platform()
+    found["machine"] = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads"
+    if torch.cuda.is_initialized():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
