@@ -3,4 +3,6 @@
 
 from .pattern import NMPattern
 
+__all__ = ["NMPattern"]
+
 __version__ = "0.1.0.dev0"

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The reference of the on-disk formats (docs/FORMAT.md): pure functions, in pairs.
 
-    mask   <-> codes          `mask_to_codes`, `codes_to_mask`
-    codes  <-> packed bytes   `pack_codes`, `unpack_codes`
-    weight <-> (values, ids)  `pack_24`, `unpack_24`
+mask   <-> codes          `mask_to_codes`, `codes_to_mask`
+codes  <-> packed bytes   `pack_codes`, `unpack_codes`
+weight <-> (values, ids)  `pack_24`, `unpack_24`
 """
 
 from __future__ import annotations
@@ -205,7 +205,9 @@ def ids_of_24(mask: torch.Tensor) -> torch.Tensor:
     """
     out_features, in_features = mask.shape
     if in_features % 8:
-        raise PatternError(f"in_features={in_features} is no multiple of 8; such a layer cannot be packed, keep it dense")
+        raise PatternError(
+            f"in_features={in_features} is no multiple of 8; such a layer cannot be packed, keep it dense"
+        )
     codes = mask_to_codes(mask, NMPattern(2, 4))
     ids = NMPattern(2, 4).positions(mask.device)[codes].reshape(out_features, in_features // 8, 4)
     return (ids << torch.tensor([0, 2, 4, 6], device=mask.device)).sum(-1).to(torch.uint8)

@@ -46,7 +46,9 @@ class NMPattern:
         if isinstance(n, bool) or not isinstance(n, int) or not isinstance(m, int):
             raise PatternError(f"pattern {given!r} is not of the form 'n:m'; write for example '2:4' (2 kept of 4)")
         if not 0 < n < m <= MAX_M:
-            raise PatternError(f"pattern {n}:{m}: need 0 < n < m <= {MAX_M}, where n is the number of weights kept of m")
+            raise PatternError(
+                f"pattern {n}:{m}: need 0 < n < m <= {MAX_M}, where n is the number of weights kept of m"
+            )
         object.__setattr__(self, "n", n)
         object.__setattr__(self, "m", m)
 
@@ -81,7 +83,9 @@ class NMPattern:
         """Code of the candidate that keeps the positions `kept` (ascending, 0-based)."""
         code = _ranks(self.n, self.m).get(tuple(kept))
         if code is None:
-            raise PatternError(f"{tuple(kept)} is not an ascending choice of {self.n} positions out of 0..{self.m - 1}")
+            raise PatternError(
+                f"{tuple(kept)} is not an ascending choice of {self.n} positions out of 0..{self.m - 1}"
+            )
         return code
 
     def unrank(self, code: int) -> tuple[int, ...]:
