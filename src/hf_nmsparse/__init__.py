@@ -1,8 +1,57 @@
 # SPDX-License-Identifier: Apache-2.0
-"""N:M sparsity for the Hugging Face stack."""
+"""N:M sparsity for the Hugging Face stack: learn a mask on a frozen model, share it, pack it, load it.
 
+Importing this package registers the PEFT type "NMSPARSE" and the quantization method "nmsparse", once.
+"""
+
+import importlib
+from typing import Any
+
+from . import adapter, packed
+from .adapter import NMSparseConfig, set_mask_step
+from .packed import PackedConfig, SparseLinear24, explain
 from .pattern import NMPattern
 
-__all__ = ["NMPattern"]
-
 __version__ = "0.1.0.dev0"
+
+adapter.register()
+packed.register()
+
+# Rooms that need the Trainer or are not always used are imported when first asked for.
+_LAZY = {
+    "prune": "criteria",
+    "perplexity": "evaluation",
+    "compress": "hub",
+    "decompress": "hub",
+    "load_mask": "hub",
+    "read_mask": "hub",
+    "save_mask": "hub",
+    "verify": "hub",
+    "MaskMetricsCallback": "training",
+    "MaskScheduleCallback": "training",
+    "NMSparseTrainer": "training",
+    "plan": "training",
+    "set_prior": "training",
+}
+
+__all__ = [
+    "NMPattern",
+    "NMSparseConfig",
+    "PackedConfig",
+    "SparseLinear24",
+    "explain",
+    "set_mask_step",
+    *_LAZY,
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -2,3 +2,134 @@
 """The only file that touches private state of peft or transformers: each piece names its version and when it can go."""
 
 from __future__ import annotations
+
+# --- peft 0.21: methods can only be registered for members of the PeftType enum ---------------------------------------
+# Can go when PEFT offers a hook for methods outside its tree (asked for in huggingface/peft#2273).
+from peft.tuners._buffer_dict import BufferDict as BufferDict
+from peft.utils.peft_types import PeftType
+from torch import nn
+
+
+def register_peft_type(name: str) -> PeftType:
+    """Add a real member to the `PeftType` enum, so that look-ups, pickles, JSON and iteration all work. Idempotent."""
+    if name in PeftType.__members__:
+        return PeftType.__members__[name]
+    member = str.__new__(PeftType, name)
+    member._name_ = member._value_ = name
+    member.__objclass__ = PeftType
+    member._sort_order_ = len(PeftType._member_names_)
+    type.__setattr__(PeftType, name, member)  # past EnumMeta.__setattr__, which refuses new members
+    PeftType._member_names_.append(name)
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+    hashable_values = getattr(PeftType, "_hashable_values_", None)  # Python 3.13 and later
+    if hashable_values is not None and name not in hashable_values:
+        hashable_values.append(name)
+    return member
+
+
+def register_peft_method_once(name: str, config_cls: type, model_cls: type) -> PeftType:
+    """Register a tuner under `name` (lower case) unless it is registered already (a reload, or PEFT ships it)."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    from peft.utils.peft_types import register_peft_method
+
+    peft_type = register_peft_type(name.upper())
+    if peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls)
+    return peft_type
+
+
+# --- transformers 5.23: no public way to say that injected adapters are gone once their layers were merged ------------
+# Can go when PreTrainedModel offers one (delete_adapter needs the layers to be still there).
+def forget_injected_adapters(model: nn.Module) -> None:
+    """Drop the adapter configs that transformers' `add_adapter` and `load_adapter` keep on a model."""
+    if getattr(model, "_hf_peft_config_loaded", False):
+        del model.peft_config
+        model._hf_peft_config_loaded = False
+
+
+# --- transformers 5.23: a quantization method outside its tree --------------------------------------------------------
+# Each can go when transformers offers what its first line says.
+def allow_loading_attributes(config_cls: type) -> None:
+    """Let `from_pretrained(packed_repo, quantization_config=...)` override run-time options. Idempotent.
+
+    The list of config classes that may do so is a closed tuple; without this the options would be ignored silently.
+    """
+    from transformers.quantizers import auto
+
+    if config_cls not in auto.LOADING_ATTRIBUTES_CONFIG_TYPES:
+        auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, config_cls)
+
+
+def is_registered_quantization(name: str, config_cls: type) -> bool:
+    """Whether `name` is registered with this very config class (registering again raises)."""
+    from transformers.quantizers import auto
+
+    return auto.AUTO_QUANTIZATION_CONFIG_MAPPING.get(name) is config_cls
+
+
+def names_in_model(model, names) -> dict[str, str]:
+    """Names that checkpoint tensors get in `model`: what the loader of Transformers does to each name.
+
+    `weight_idx` is treated as a tensor of every module that has a `weight`, whether or not it is packed yet.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    conversions = get_model_conversion_mapping(model)
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    known = dict(model.state_dict())
+    known.update({f"{name}_idx": tensor for name, tensor in known.items() if name.endswith(".weight")})
+    found = {}
+    for name in sorted(names, key=dot_natural_key):  # in the loader's order, because some renamings keep state
+        renamed, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+        if renamed not in known and name in known:
+            renamed, _ = rename_source_key(name, [], [], model.base_model_prefix, known)
+        found[name] = renamed
+    return found
+
+
+def names_on_disk(model, names) -> dict[str, str | None]:
+    """Names under which `save_pretrained` stores tensors of `model`; `None` where it fuses or splits the tensor."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        PrefixChange,
+        WeightConverter,
+        WeightRenaming,
+        apply_converters,
+        apply_renamings,
+        dot_natural_key,
+    )
+
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:
+        conversions = [
+            c for c in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(c, PrefixChange)
+        ]
+    backward = [conversion.reverse_transform() for conversion in reversed(conversions)]
+    renamings = [entry for entry in backward if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in backward if isinstance(entry, WeightConverter)]
+    found: dict[str, str | None] = {}
+    for name in sorted(names, key=dot_natural_key):
+        fused = apply_converters(name, converters)[1] is not None
+        found[name] = None if fused else apply_renamings(name, renamings)
+    return found
+
+
+def forget_conversions(model, operation_cls: type) -> None:
+    """Forget the load-time conversions that used `operation_cls`, so that `save_pretrained` does not revert them."""
+    kept = [
+        c for c in model._weight_conversions if not any(type(o) is operation_cls for o in getattr(c, "operations", ()))
+    ]
+    model._weight_conversions = kept
+
+
+def whole_tensor(model, name: str, tensor):
+    """The values of a state dict entry, fetched where it is offloaded to disk or sharded over processes."""
+    from torch.distributed.tensor import DTensor
+    from transformers.integrations.accelerate import load_offloaded_parameter
+
+    if tensor.is_meta:
+        return load_offloaded_parameter(model, name)
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -132,6 +132,15 @@ class NMPattern:
         full, rest = divmod(self.num_groups(in_features), k)
         return full * b + _bytes_for(self.num_candidates, rest)
 
+    def max_groups(self, row_bytes: int) -> int:
+        """Most groups that a row of so many packed bytes can hold; the real number comes from the layer's size."""
+        k, b = self.packing
+        full, rest = divmod(row_bytes, b)
+        left = 0
+        while _bytes_for(self.num_candidates, left + 1) <= rest:
+            left += 1
+        return full * k + left
+
 
 @lru_cache(maxsize=64)
 def _positions(n: int, m: int) -> torch.Tensor:

@@ -14,18 +14,31 @@ from ..codec import (
     unpack_24,
     unpack_codes,
 )
+from .linear24 import Linear24Backend, linear_24, linear_24_backend, register_linear_24_backend
+from .mask_sampling import SamplingState, candidate_probabilities, hard_codes, masked_weight, soft_mask
+from .philox import NoiseKey
 from .reference import top_n_mask
 
 __all__ = [
     "GroupCounts",
+    "Linear24Backend",
+    "NoiseKey",
+    "SamplingState",
+    "candidate_probabilities",
     "check_ids_24",
     "codes_to_mask",
     "columns_of_24",
     "complete_mask",
     "count_groups",
+    "hard_codes",
+    "linear_24",
+    "linear_24_backend",
     "mask_to_codes",
+    "masked_weight",
     "pack_24",
     "pack_codes",
+    "register_linear_24_backend",
+    "soft_mask",
     "top_n_mask",
     "unpack_24",
     "unpack_codes",

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`NMSparseConfig`: what a mask adapter is, as stored in `adapter_config.json`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from peft.config import PeftConfig
+
+from .._compat import register_peft_type
+from ..errors import ConfigError, FormatError
+from ..pattern import NMPattern
+from ..relaxations import get_relaxation
+
+FORMAT_VERSION = 1
+
+
+@dataclass
+class NMSparseConfig(PeftConfig):
+    """Configuration of a learnable n:m mask over a frozen model.
+
+    Args:
+        pattern (`str`): `"n:m"`, n weights kept of each m consecutive ones along the input dimension; m <= 16.
+        relaxation (`str`): how logits become a mask while training; `"candidates"` is MaskLLM's.
+        mask_format (`str`): `"logits"` (trainable checkpoint) or `"packed"` (a published mask: codes only).
+        prior (`str`, *optional*): the mask that initialises the logits. `"magnitude"` is computed on the spot; any
+            other name is a record of, or a wait for, `nms.set_prior`; `None`: random logits.
+        prior_strength (`float`): distance of the prior from indecision, in units of 0.01 (MaskLLM's alpha).
+        temperature (`tuple[float, float]`): Gumbel-softmax temperature at the start and the end of training.
+        logit_scale (`tuple[float, float]`): factor on the logits (kappa) at the start and the end.
+        magnitude_regularization (`float`): lambda of the term that rewards keeping large weights; decays to 0.
+        resample (`str`): `"micro"`, a fresh mask each micro-step, or `"step"`, one mask per optimizer step.
+        seed (`int`): seed of the mask noise.
+        dense_layers (`list[str]`, *optional*): layers to leave unpruned, matched like `target_modules`.
+        target_modules (`list[str]` or `str`, *optional*): as in PEFT; `None`: all linear layers but the output head.
+        exclude_modules, modules_to_save, layers_to_transform, layers_pattern, trainable_token_indices: as in PEFT.
+        init_weights (`bool`): `False` gives random logits, for tests.
+        format_version (`int`): version of the stored tensors; a newer one is refused.
+
+    Raises:
+        ConfigError: naming the field, its value and what is allowed.
+        FormatError: if the config was written by a newer hf_nmsparse.
+    """
+
+    pattern: str = field(default="2:4", metadata={"help": "n:m, n kept of m"})
+    relaxation: str = field(default="candidates", metadata={"help": "how logits become a mask"})
+    mask_format: Literal["logits", "packed"] = field(
+        default="logits", metadata={"help": "trainable logits, or the packed codes of a published mask"}
+    )
+    prior: str | None = field(default="magnitude", metadata={"help": "mask that initialises the logits"})
+    prior_strength: float = field(default=3.0, metadata={"help": "strength of the prior (MaskLLM's alpha)"})
+    temperature: tuple[float, float] = field(default=(4.0, 0.05), metadata={"help": "start and end temperature"})
+    logit_scale: tuple[float, float] = field(default=(100.0, 500.0), metadata={"help": "start and end logit scale"})
+    magnitude_regularization: float = field(default=1e-5, metadata={"help": "reward for keeping large weights"})
+    resample: Literal["micro", "step"] = field(default="micro", metadata={"help": "how often masks are drawn"})
+    seed: int = field(default=0, metadata={"help": "seed of the mask noise"})
+    dense_layers: list[str] | None = field(default=None, metadata={"help": "layers kept unpruned"})
+    target_modules: list[str] | str | None = field(default=None, metadata={"help": "layers to prune, as in PEFT"})
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "layers to skip, as in PEFT"})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "modules trained beside the mask"})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "block indices to prune"})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "name of the block list"})
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "token embeddings trained beside the mask"}
+    )
+    init_weights: bool = field(default=True, metadata={"help": "False: random logits, for tests"})
+    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "version of the stored tensors"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = register_peft_type("NMSPARSE")
+        self._check_version()
+        self.pattern = str(NMPattern(self.pattern))
+        get_relaxation(self.relaxation)
+        self.temperature = _pair("temperature", self.temperature)
+        self.logit_scale = _pair("logit_scale", self.logit_scale)
+        self._check_values()
+        self._check_targets()
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
+
+    def _check_version(self) -> None:
+        if not isinstance(self.format_version, int) or self.format_version < 1:
+            raise FormatError(
+                f"format_version={self.format_version!r} is not a positive integer; the config is damaged"
+            )
+        if self.format_version > FORMAT_VERSION:
+            raise FormatError(
+                f"this mask has format version {self.format_version}, this hf_nmsparse reads up to {FORMAT_VERSION}; "
+                "upgrade hf-nmsparse"
+            )
+
+    def _check_values(self) -> None:
+        for name, allowed in (("mask_format", ("logits", "packed")), ("resample", ("micro", "step"))):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(map(repr, allowed))}")
+        if not self.prior_strength >= 0:
+            raise ConfigError(f"prior_strength={self.prior_strength!r} must be a number >= 0")
+        if not self.magnitude_regularization >= 0:
+            raise ConfigError(f"magnitude_regularization={self.magnitude_regularization!r} must be a number >= 0")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise ConfigError(f"seed={self.seed!r} must be a non-negative integer")
+        if isinstance(self.dense_layers, str):
+            raise ConfigError(
+                f"dense_layers must be a list of names, got the string {self.dense_layers!r}; write [{self.dense_layers!r}]"
+            )
+
+    def _check_targets(self) -> None:
+        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(
+                        f"{name} cannot be used when target_modules is a regular expression; use a list of names"
+                    )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ConfigError("layers_pattern needs layers_to_transform, the block indices to prune")
+
+
+def _pair(name: str, value: object) -> tuple[float, float]:
+    """A (start, end) pair of positive numbers; JSON gives lists."""
+    if (
+        not isinstance(value, (tuple, list))
+        or len(value) != 2
+        or not all(isinstance(v, (int, float)) and v > 0 for v in value)
+    ):
+        raise ConfigError(f"{name}={value!r} must be two positive numbers, (start, end)")
+    return float(value[0]), float(value[1])

@@ -1,0 +1,380 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Published masks: a folder or repo with the packed codes of every layer (docs/FORMAT.md, section 3)."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import hf_hub_download
+from peft import PeftModel, get_peft_model
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import nn
+
+from .. import ops
+from ..adapter import NMSparseConfig, mask_layers
+from ..errors import BaseModelMismatchError, ConfigError, FormatError
+from ..files import staged_folder
+from ..fingerprint import FINGERPRINT_BYTES, digest, fingerprint, to_hex
+from ..pattern import NMPattern
+from ..results import RunResults
+from .card import card_text
+
+logger = logging.getLogger(__name__)
+
+_PREFIX = "base_model.model."  # PEFT's name for the wrapped model, so that its own loaders read the file
+_PARTS = ("nmsparse_packed", "nmsparse_digest", "nmsparse_base")
+_MAX_CONFIG_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class LayerMask:
+    """The mask of one layer as stored.
+
+    Args:
+        packed (`torch.Tensor`): packed codes, uint8 `[out, bytes]`.
+        base (`torch.Tensor`): fingerprint of the base weight, uint8 `[16]`; zero where it was unknown.
+    """
+
+    packed: torch.Tensor
+    base: torch.Tensor
+
+
+@dataclass(frozen=True)
+class PublishedMask:
+    """A mask read from a folder or repo, checked as far as it can be without its model.
+
+    Args:
+        config (`NMSparseConfig`): its configuration.
+        layers (`dict[str, LayerMask]`): by module name.
+        source (`str`): where it came from.
+        file_bytes (`int`): size of the mask file.
+    """
+
+    config: NMSparseConfig
+    layers: dict[str, LayerMask]
+    source: str
+    file_bytes: int
+
+    @property
+    def pattern(self) -> NMPattern:
+        """The pattern of every layer."""
+        return NMPattern(self.config.pattern)
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+def save_mask(
+    model: nn.Module,
+    folder: str | os.PathLike,
+    adapter_name: str | None = None,
+    results: RunResults | None = None,
+) -> Path:
+    """Publish the hard mask of an adapter into a folder: codes, config and card. The model stays as it is.
+
+    Args:
+        model (`PeftModel` or a model with a mask adapter): the model.
+        folder (`str` or `Path`): written whole or not at all; other files in it stay.
+        adapter_name (`str`, *optional*): which adapter; the active one by default.
+        results (`RunResults`, *optional*): what was measured, for the card.
+
+    Returns:
+        the folder.
+
+    Raises:
+        ConfigError: if the model has no such mask adapter, or its logits are not finite.
+    """
+    adapter_name = adapter_name or active_mask(model)
+    layers = mask_layers(model, adapter_name)
+    if not layers:
+        raise ConfigError(f"the model has no mask adapter {adapter_name!r}; it has {_adapter_names(model) or 'none'}")
+    tensors: dict[str, torch.Tensor] = {}
+    for name, layer in layers.items():
+        tensors |= _stored_tensors(name, layer, adapter_name)
+    config = published_config(next(iter(layers.values())).configs[adapter_name], sorted(layers))
+    header = {
+        "format": "pt",
+        "nmsparse.format_version": str(config.format_version),
+        "nmsparse.pattern": config.pattern,
+    }
+    results = copy.deepcopy(results) if results is not None else RunResults()
+    results.pattern, results.sparse_layers = config.pattern, sorted(layers)
+    results.base_model = results.base_model or config.base_model_name_or_path
+    results.base_revision = results.base_revision or config.revision
+    with staged_folder(folder) as staging:
+        (staging / SAFETENSORS_WEIGHTS_NAME).write_bytes(save(tensors, metadata=header))
+        config.save_pretrained(str(staging))
+        (staging / "README.md").write_text(card_text(results, "mask"))
+    return Path(folder)
+
+
+def _stored_tensors(name: str, layer, adapter_name: str) -> dict[str, torch.Tensor]:
+    for value in layer.nmsparse_logits[adapter_name].parameters() if adapter_name in layer.nmsparse_logits else ():
+        if not bool(value.isfinite().all()):
+            raise ConfigError(
+                f"{name}: {int((~value.isfinite()).sum())} logits of adapter {adapter_name!r} are not finite; the mask "
+                "would be arbitrary there. Go back to an earlier checkpoint and lower the learning rate"
+            )
+    pattern = layer.relaxations[adapter_name].pattern
+    packed = ops.pack_codes(layer.mask_codes(adapter_name), pattern, layer.in_features).cpu()
+    values = {
+        "nmsparse_packed": packed,
+        "nmsparse_digest": digest(packed),
+        "nmsparse_base": layer.nmsparse_base[adapter_name].cpu(),
+    }
+    return {f"{_PREFIX}{name}.{part}": values[part].contiguous() for part in _PARTS}
+
+
+def published_config(config: NMSparseConfig, layer_names: list[str]) -> NMSparseConfig:
+    """The config of a published mask: codes instead of logits, and the pruned layers by their full names."""
+    published = copy.deepcopy(config)
+    published.mask_format = "packed"
+    published.inference_mode = True
+    published.target_modules = layer_names  # resolved: no pattern of names is ever read back from a file
+    published.exclude_modules = published.dense_layers = None
+    published.layers_to_transform = published.layers_pattern = None
+    return published
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+def resolve(source: str | os.PathLike, filename: str, revision: str | None = None, task: str | None = None) -> Path:
+    """Local path of a file of a mask folder or Hub repo.
+
+    Raises:
+        FormatError: if a local folder lacks the file.
+    """
+    folder = Path(source)
+    if folder.exists():
+        path = folder / (task or "") / filename
+        if not path.is_file():
+            raise FormatError(
+                f"{folder / (task or '')} holds no {filename}; it is no mask folder, or an incomplete one"
+            )
+        return path
+    return Path(hf_hub_download(str(source), filename, revision=revision, subfolder=task))
+
+
+def read_mask(source: str | os.PathLike, revision: str | None = None, task: str | None = None) -> PublishedMask:
+    """Read and check a published mask: config, header, shapes, digests, codes. No model is needed.
+
+    Args:
+        source (`str` or `Path`): folder or Hub repo.
+        revision (`str`, *optional*): of the repo.
+        task (`str`, *optional*): subfolder, where a repo holds masks of several tasks.
+
+    Raises:
+        FormatError: on anything that `save_mask` cannot have written, naming the tensor.
+        ConfigError: if it is a training checkpoint.
+    """
+    config = _read_config(resolve(source, CONFIG_NAME, revision, task))
+    path = resolve(source, SAFETENSORS_WEIGHTS_NAME, revision, task)
+    tensors = _read_tensors(path)
+    pattern = NMPattern(config.pattern)
+    layers: dict[str, LayerMask] = {}
+    for key in tensors:
+        name, _, part = key.removeprefix(_PREFIX).rpartition(".")
+        if not key.startswith(_PREFIX) or part not in _PARTS:
+            raise FormatError(
+                f"{path}: unexpected tensor {key!r}; the file is no published mask of this format version"
+            )
+        if part == "nmsparse_packed":
+            layers[name] = _check_layer(path, name, tensors, pattern)
+    if not layers:
+        raise FormatError(f"{path} holds no masks")
+    if surplus := sorted(set(tensors) - {f"{_PREFIX}{name}.{part}" for name in layers for part in _PARTS}):
+        raise FormatError(f"{path}: tensor {surplus[0]!r} belongs to no layer with codes; the file is damaged")
+    return PublishedMask(config, layers, str(source), path.stat().st_size)
+
+
+def _read_config(path: Path) -> NMSparseConfig:
+    if path.stat().st_size > _MAX_CONFIG_BYTES:
+        raise FormatError(
+            f"{path} is {path.stat().st_size} bytes, over the limit of {_MAX_CONFIG_BYTES}; it is no mask config"
+        )
+    try:
+        content = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise FormatError(f"{path} is not JSON ({error}); fetch the mask again") from error
+    if not isinstance(content, dict) or content.get("peft_type") != "NMSPARSE":
+        raise FormatError(f"{path} is not the config of a mask (peft_type NMSPARSE)")
+    known = {key: value for key, value in content.items() if key in NMSparseConfig.__dataclass_fields__}
+    config = NMSparseConfig(**{**known, "peft_type": None})
+    if config.mask_format != "packed":
+        raise ConfigError(
+            f"{path.parent} is a training checkpoint (logits), not a published mask; load it with PeftModel.from_pretrained, "
+            "and publish it with nms.save_mask"
+        )
+    return config
+
+
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys = list(file.keys())
+            return {key: file.get_tensor(key) for key in keys}
+    except SafetensorError as error:
+        raise FormatError(f"{path} is damaged or cut short ({error}); fetch the mask again") from error
+
+
+def _check_layer(path: Path, name: str, tensors: dict[str, torch.Tensor], pattern: NMPattern) -> LayerMask:
+    found = {part: tensors.get(f"{_PREFIX}{name}.{part}") for part in _PARTS}
+    for part, tensor in found.items():
+        shape_ok = tensor is not None and (
+            tensor.dim() == 2 if part == "nmsparse_packed" else tensor.shape == (FINGERPRINT_BYTES,)
+        )
+        if not shape_ok or tensor.dtype != torch.uint8:
+            got = "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+            expected = "[out, bytes]" if part == "nmsparse_packed" else f"[{FINGERPRINT_BYTES}]"
+            raise FormatError(f"{path}: {name}.{part} must be uint8 {expected}, got {got}; the file is damaged")
+    if not torch.equal(digest(found["nmsparse_packed"]), found["nmsparse_digest"]):
+        raise FormatError(
+            f"{path}: the codes of {name} do not match their digest; the file is damaged, fetch it again"
+        )
+    return LayerMask(found["nmsparse_packed"], found["nmsparse_base"])
+
+
+def match_to_model(
+    mask: PublishedMask, linears: dict[str, nn.Module], allow_base_mismatch: bool = False
+) -> dict[str, torch.Tensor]:
+    """Codes of a mask for the layers of a model, after checking every one of them.
+
+    Args:
+        mask (`PublishedMask`): the mask.
+        linears (`dict[str, nn.Module]`): layers of the model by module name.
+        allow_base_mismatch (`bool`): accept other base weights (logged).
+
+    Returns:
+        int64 codes `[out, groups]` by layer name.
+
+    Raises:
+        FormatError: if a layer is absent, of another shape, or its codes are impossible.
+        BaseModelMismatchError: if the base weights differ.
+    """
+    if absent := sorted(set(mask.layers) - set(linears)):
+        raise FormatError(
+            f"{mask.source} holds masks for {len(absent)} layers that the model lacks, first {absent[:5]}; the model has "
+            f"linear layers such as {sorted(linears)[:5]}"
+        )
+    codes, strangers, unknown = {}, [], []
+    for name, stored in mask.layers.items():
+        weight = linears[name].weight
+        if stored.packed.shape[0] != weight.shape[0]:
+            raise FormatError(
+                f"{name}: the mask has {stored.packed.shape[0]} rows, the layer {weight.shape[0]}; it is for another model"
+            )
+        codes[name] = ops.unpack_codes(stored.packed, mask.pattern, weight.shape[1], name=name)
+        found = fingerprint(weight)
+        if found is None or not bool(stored.base.any()):
+            unknown.append(name)
+        elif not torch.equal(found, stored.base):
+            strangers.append(f"{name} (fingerprint {to_hex(found)}, expected {to_hex(stored.base)})")
+    if unknown:
+        logger.warning(
+            "%d layers of %s could not be checked against their base weights (first %s); the mask names base %r, revision %r",
+            len(unknown),
+            mask.source,
+            unknown[0],
+            mask.config.base_model_name_or_path,
+            mask.config.revision,
+        )
+    if strangers:
+        message = (
+            f"{mask.source} was made for other weights: {len(strangers)} of {len(mask.layers)} layers differ, first "
+            f"{strangers[0]}. Its base is {mask.config.base_model_name_or_path!r}, revision {mask.config.revision!r}"
+        )
+        if not allow_base_mismatch:
+            raise BaseModelMismatchError(
+                f"{message}; load that model, or pass allow_base_mismatch=True if you are sure"
+            )
+        logger.warning("%s; loaded all the same because of allow_base_mismatch=True", message)
+    return codes
+
+
+def load_mask(
+    model: nn.Module,
+    source: str | os.PathLike,
+    revision: str | None = None,
+    task: str | None = None,
+    adapter_name: str = "default",
+    allow_base_mismatch: bool = False,
+) -> PeftModel:
+    """Put a published mask on a model. Everything is checked before the model is touched.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): the base model, or one that carries masks already.
+        source (`str` or `Path`): folder or Hub repo of the mask.
+        revision (`str`, *optional*): of the repo.
+        task (`str`, *optional*): subfolder, where a repo holds masks of several tasks.
+        adapter_name (`str`): name the mask gets on the model.
+        allow_base_mismatch (`bool`): accept base weights other than those the mask was made for.
+
+    Returns:
+        the model with the mask active.
+
+    Raises:
+        FormatError, BaseModelMismatchError: see `read_mask` and `match_to_model`.
+        ConfigError: if the adapter name is taken.
+    """
+    mask = read_mask(source, revision, task)
+    if adapter_name in _adapter_names(model):
+        raise ConfigError(
+            f"the model already has an adapter {adapter_name!r}; pass another adapter_name or delete it first"
+        )
+    linears = {
+        name.removesuffix(".base_layer"): module
+        for name, module in _plain(model).named_modules()
+        if type(module) is nn.Linear
+    }
+    match_to_model(mask, linears, allow_base_mismatch)
+    config = published_config(mask.config, sorted(mask.layers))
+    if isinstance(model, PeftModel):
+        model.add_adapter(adapter_name, config)
+    else:
+        model = get_peft_model(model, config, adapter_name=adapter_name)
+    for name, layer in mask_layers(model, adapter_name).items():
+        stored = mask.layers[name]
+        layer.allow_base_mismatch = layer.allow_base_mismatch or allow_base_mismatch
+        layer.nmsparse_packed[adapter_name].copy_(stored.packed)
+        layer.nmsparse_digest[adapter_name].copy_(digest(stored.packed))
+        layer.nmsparse_base[adapter_name].copy_(stored.base)
+    model.set_adapter(adapter_name)
+    model.eval()
+    return model
+
+
+# --- small helpers --------------------------------------------------------------------------------------------------
+def active_mask(model: nn.Module) -> str:
+    """Name of the one active mask adapter of a model.
+
+    Raises:
+        ConfigError: if there is none, or several.
+    """
+    layers = mask_layers(model)
+    names = {name for layer in layers.values() for name in layer.active_adapters if name in layer.configs}
+    if len(names) != 1:
+        raise ConfigError(
+            f"expected one active mask adapter, found {sorted(names) or 'none'}; name it with adapter_name="
+        )
+    return names.pop()
+
+
+def _adapter_names(model: nn.Module) -> list[str]:
+    return sorted({name for layer in mask_layers(model).values() for name in layer.configs})
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def mask_summary(mask: PublishedMask) -> dict[str, object]:
+    """Facts about a published mask, for `inspect`."""
+    config = {
+        key: value for key, value in asdict(mask.config).items() if value is not None and key != "target_modules"
+    }
+    return {"source": mask.source, "layers": len(mask.layers), "file_bytes": mask.file_bytes, "config": config}

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does a model, mask or packed folder hold what it says? Counts groups with too many and too few weights separately."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from .. import ops
+from ..adapter import mask_layers
+from ..errors import FormatError
+from ..packed import SparseLinear24, check_packed_files
+from ..pattern import NMPattern
+from .masks import read_mask
+
+
+@dataclass
+class VerifyReport:
+    """What `verify` found.
+
+    Args:
+        kind (`str`): "mask", "packed model", "masked model" or "model with mask adapters".
+        pattern (`str`): the pattern counted against.
+        layers (`dict[str, GroupCounts]`): of each sparse layer.
+        dense_layers (`list[str]`): linear layers left dense: most of their groups have more non-zeros than the pattern
+            keeps. A layer with only some such groups is counted as a broken sparse one.
+    """
+
+    kind: str
+    pattern: str
+    layers: dict[str, ops.GroupCounts] = field(default_factory=dict)
+    dense_layers: list[str] = field(default_factory=list)
+
+    @property
+    def groups(self) -> int:
+        """Groups of the sparse layers."""
+        return sum(counts.groups for counts in self.layers.values())
+
+    @property
+    def over(self) -> int:
+        """Groups with more than n non-zeros."""
+        return sum(counts.over for counts in self.layers.values())
+
+    @property
+    def under(self) -> int:
+        """Groups with fewer than n non-zeros."""
+        return sum(counts.under for counts in self.layers.values())
+
+    @property
+    def ok(self) -> bool:
+        """Whether at least one layer follows the pattern and none of those counted breaks it."""
+        return bool(self.layers) and self.over == 0
+
+
+def verify(model_or_path: nn.Module | str | os.PathLike, pattern: str | NMPattern = "2:4") -> VerifyReport:
+    """Check a model in memory, a folder, or a Hub repo.
+
+    Published masks and packed models are read strictly (digests, codes, ids) and refused with the name of the damaged
+    tensor. In masked models each linear weight is counted group by group.
+
+    Args:
+        model_or_path (`nn.Module`, `str` or `Path`): what to check.
+        pattern (`str` or `NMPattern`): for masked plain models, whose pattern is written nowhere.
+
+    Raises:
+        FormatError: if a file is damaged.
+    """
+    pattern = NMPattern(pattern)
+    if isinstance(model_or_path, nn.Module):
+        return _verify_model(model_or_path, pattern)
+    folder = Path(model_or_path)
+    if not folder.exists():
+        folder = Path(snapshot_download(str(model_or_path)))
+    if (folder / "adapter_config.json").is_file():
+        mask = read_mask(folder)
+        report = VerifyReport("mask", str(mask.pattern))
+        for name, stored in mask.layers.items():
+            # A code keeps exactly n by construction, so decoding it is the check. The layer's true width is the model's
+            # to tell; the count is of the groups that fit the stored rows.
+            groups = mask.pattern.max_groups(stored.packed.shape[1])
+            codes = ops.unpack_codes(stored.packed, mask.pattern, groups * mask.pattern.m, name=name)
+            report.layers[name] = ops.GroupCounts(codes.numel(), 0, 0)
+        return report
+    config = folder / "config.json"
+    if not config.is_file():
+        raise FormatError(f"{folder} holds neither adapter_config.json nor config.json; it is no mask and no model")
+    files = sorted(str(path) for path in folder.glob("*.safetensors"))
+    if not files:
+        raise FormatError(f"{folder} holds no safetensors file; only safetensors is read")
+    quantization = json.loads(config.read_text()).get("quantization_config") or {}
+    if quantization.get("quant_method") == "nmsparse":
+        return _verify_packed(files)
+    return _counted(VerifyReport("masked model", str(pattern)), _weights(files), pattern)
+
+
+def _verify_packed(files: list[str]) -> VerifyReport:
+    report = VerifyReport("packed model", "2:4")
+    packed = set(check_packed_files(files))
+    for name, values in _weights(files):
+        if name in packed:
+            groups = values.numel() // 2
+            under = int((values.view(values.shape[0], -1, 2) == 0).any(-1).sum())
+            report.layers[name] = ops.GroupCounts(groups, 0, under)
+    return report
+
+
+def _verify_model(model: nn.Module, pattern: NMPattern) -> VerifyReport:
+    if layers := mask_layers(model):
+        report = VerifyReport("model with mask adapters", str(pattern))
+        for name, layer in layers.items():
+            for adapter_name in layer.active_adapters:
+                if adapter_name in layer.configs:
+                    counted_as = layer.relaxations[adapter_name].pattern
+                    report.pattern = str(counted_as)
+                    report.layers[name] = ops.count_groups(layer.hard_mask(adapter_name), counted_as)
+        return report
+    packed = [(name, module) for name, module in model.named_modules() if isinstance(module, SparseLinear24)]
+    if packed:
+        weights = ((name, module.dequantize()) for name, module in packed)
+        return _counted(VerifyReport("packed model", "2:4"), weights, NMPattern(2, 4))
+    linears = (
+        (name, module.weight.detach()) for name, module in model.named_modules() if isinstance(module, nn.Linear)
+    )
+    return _counted(VerifyReport("masked model", str(pattern)), linears, pattern)
+
+
+def _counted(report: VerifyReport, weights: Iterator[tuple[str, torch.Tensor]], pattern: NMPattern) -> VerifyReport:
+    for name, weight in weights:
+        counts = ops.count_groups(weight, pattern)
+        if 2 * counts.over > counts.groups:
+            report.dense_layers.append(name)
+        else:
+            report.layers[name] = counts
+    return report
+
+
+def _weights(files: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Two-dimensional float weights of safetensors files by module name, one at a time."""
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118  (a safe_open handle is no mapping)
+                    if key.endswith(".weight") and len(file.get_slice(key).get_shape()) == 2:
+                        yield key.removesuffix(".weight"), file.get_tensor(key)
+        except SafetensorError as error:
+            raise FormatError(f"{path} is damaged or cut short ({error}); fetch it again") from error

@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Learning masks with the Hugging Face Trainer."""
+
+from .callbacks import MaskMetricsCallback, MaskScheduleCallback
+from .prior import set_prior
+from .trainer import NMSparseTrainer
+
+__all__ = ["MaskMetricsCallback", "MaskScheduleCallback", "NMSparseTrainer", "set_prior"]

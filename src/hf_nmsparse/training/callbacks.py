@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Callbacks that drive and watch mask training. They need nothing but the stock Trainer."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .. import ops
+from ..adapter import NMSparseLayer, mask_layers, set_mask_step
+from ..errors import ConfigError
+from ..relaxations import sampling_state
+
+logger = logging.getLogger(__name__)
+
+# Rows of each layer on which probabilities are measured; flips are counted on all of them.
+_PROBABILITY_ROWS = 16
+_START_FILE = "nmsparse_start.safetensors"
+
+
+def trained_layers(model: nn.Module) -> Iterator[tuple[str, NMSparseLayer, str]]:
+    """`(key, layer, adapter name)` of every mask of `model` that has trainable logits."""
+    for name, layer in mask_layers(model).items():
+        for adapter_name in layer.nmsparse_logits:
+            if layer.nmsparse_logits[adapter_name].weight.requires_grad:
+                yield f"{name}.{adapter_name}", layer, adapter_name
+
+
+class MaskScheduleCallback(TrainerCallback):
+    """Tells the masks of a model the optimizer step and the draw, on which schedules and noise depend.
+
+    The schedules span `max_steps` of the run. Every mask adapter of the model is served.
+    """
+
+    def __init__(self) -> None:
+        self._micro_step = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs
+    ) -> None:
+        layers = list(trained_layers(model))
+        if not layers:
+            raise ConfigError(
+                "MaskScheduleCallback found no trainable mask on the model; wrap it with "
+                "get_peft_model(model, NMSparseConfig(...)) before training"
+            )
+        low = [key for key, layer, name in layers if layer.nmsparse_logits[name].weight.dtype.itemsize < 4]
+        if low:
+            logger.warning(
+                "%d masks have logits in less than float32 (first: %s); small updates will be lost to rounding. "
+                "Cast them with .float(), or keep the framework from casting adapter weights",
+                len(low),
+                low[0],
+            )
+        self._tell(args, state, model)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs
+    ) -> None:
+        self._micro_step = 0
+        self._tell(args, state, model)
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs
+    ) -> None:
+        self._micro_step += 1
+        self._tell(args, state, model)
+
+    def _tell(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
+        draw = self._micro_step * args.world_size + args.process_index
+        set_mask_step(model, state.global_step, state.max_steps, draw, args.gradient_accumulation_steps)
+
+
+class MaskMetricsCallback(TrainerCallback):
+    """Adds to every log line how far the masks have moved and how decided they are.
+
+    Keys: `nm/flip_rate` (share of groups whose hard choice differs from the start of training), `nm/flip_rate_last`
+    (from the last log), `nm/max_prob` (mean largest candidate probability, without noise), `nm/entropy` (mean, in bits),
+    `nm/temperature`, `nm/logit_scale` and, with `eval_tokens`, `nm/hard_eval_loss`.
+
+    Args:
+        eval_tokens (`torch.Tensor`, *optional*): int64 `[windows, sequence]`; at each log the loss of the hard-mask model
+            on them is measured, in nats a token.
+        eval_batch_size (`int`): windows per forward pass.
+    """
+
+    def __init__(self, eval_tokens: torch.Tensor | None = None, eval_batch_size: int = 4) -> None:
+        self.eval_tokens = eval_tokens
+        self.eval_batch_size = eval_batch_size
+        self.start_codes: dict[str, torch.Tensor] = {}
+        self.last_codes: dict[str, torch.Tensor] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs
+    ) -> None:
+        self.last_codes = {key: _small_codes(layer, name) for key, layer, name in trained_layers(model)}
+        self.start_codes = self.last_codes
+        saved = Path(args.output_dir, f"checkpoint-{state.global_step}", _START_FILE)
+        if state.global_step == 0:
+            return
+        if saved.is_file():
+            self.start_codes = load_file(saved)
+        else:
+            logger.warning("%s is missing: nm/flip_rate counts from the resumed step, not from the start", saved)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        if state.is_world_process_zero and folder.is_dir():
+            save_file(self.start_codes, folder / _START_FILE)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        logs: dict[str, float] | None = None,
+        **kwargs,
+    ) -> None:
+        if logs is None or "loss" not in logs:  # evaluation and the summary at the end log too
+            return
+        metrics = self.measure(model)
+        logs.update(metrics)
+        state.log_history[-1].update(metrics)
+
+    def measure(self, model: nn.Module) -> dict[str, float]:
+        """The metrics at this moment; also moves the mark that `nm/flip_rate_last` counts from."""
+        codes, probability, entropy, groups = {}, 0.0, 0.0, 0
+        metrics: dict[str, float] = {}
+        for key, layer, name in trained_layers(model):
+            codes[key] = _small_codes(layer, name)
+            largest, bits, counted = _certainty(layer, name)
+            probability, entropy, groups = probability + largest, entropy + bits, groups + counted
+            if "nm/temperature" not in metrics:
+                state = sampling_state(layer.configs[name], layer.moments.get(name))
+                metrics["nm/temperature"] = round(float(state.temperature), 4)
+                metrics["nm/logit_scale"] = round(float(state.logit_scale), 2)
+        metrics["nm/flip_rate"] = flip_rate(self.start_codes, codes)
+        metrics["nm/flip_rate_last"] = flip_rate(self.last_codes, codes)
+        metrics["nm/max_prob"] = probability / groups
+        metrics["nm/entropy"] = entropy / groups
+        self.last_codes = codes
+        if self.eval_tokens is not None:
+            metrics["nm/hard_eval_loss"] = hard_mask_loss(model, self.eval_tokens, self.eval_batch_size)
+        return metrics
+
+
+def flip_rate(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> float:
+    """Share of groups whose code differs between two snapshots of the same layers."""
+    flipped = sum(int((before[key] != after[key]).sum()) for key in after)
+    return flipped / sum(codes.numel() for codes in after.values())
+
+
+@torch.no_grad()
+def hard_mask_loss(model: nn.Module, tokens: torch.Tensor, batch_size: int = 4) -> float:
+    """Mean next-token loss in nats of the model with its hard masks, on `tokens` `[windows, sequence]`."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    total = 0.0
+    for batch in tokens.split(batch_size):
+        batch = batch.to(device)
+        total += float(model(input_ids=batch, labels=batch, use_cache=False).loss) * len(batch)
+    model.train(was_training)
+    return total / len(tokens)
+
+
+def _small_codes(layer: NMSparseLayer, adapter_name: str) -> torch.Tensor:
+    codes = layer.mask_codes(adapter_name)
+    dtype = torch.uint8 if layer.relaxations[adapter_name].pattern.num_candidates <= 256 else torch.int16
+    return codes.to("cpu", dtype)
+
+
+@torch.no_grad()
+def _certainty(layer: NMSparseLayer, adapter_name: str) -> tuple[float, float, int]:
+    """(sum of largest probabilities, sum of entropies in bits, groups) on evenly spaced rows, without noise."""
+    logits = layer.nmsparse_logits[adapter_name].weight
+    logits = logits[:: max(1, len(logits) // _PROBABILITY_ROWS)]
+    relaxation = layer.relaxations[adapter_name]
+    state = sampling_state(layer.configs[adapter_name], layer.moments.get(adapter_name), logits.device)
+    largest = bits = 0.0
+    for _, y in ops.candidate_probabilities(
+        logits, relaxation.pattern, layer.in_features, relaxation.key, state, noise=False
+    ):
+        largest += float(y.amax(1).sum())
+        bits += float(torch.special.entr(y).sum()) / math.log(2)
+    return largest, bits, logits.shape[0] * logits.shape[2]

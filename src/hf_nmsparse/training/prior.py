@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starting logits from a mask: a criterion's, a given one, or a published one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from .. import ops
+from ..adapter import NMSparseLayer, mask_layers
+from ..criteria import Criterion, PruneReport, Target, get_criterion, known_criteria, walk
+from ..errors import ConfigError
+from ..hub.masks import active_mask, match_to_model, read_mask
+
+
+def set_prior(
+    model: nn.Module,
+    prior: str | os.PathLike | Criterion | Mapping[str, torch.Tensor],
+    calibration: Any = None,
+    tokenizer: Any = None,
+    adapter_name: str | None = None,
+    progress: bool = True,
+) -> PruneReport | None:
+    """Initialise the logits of a mask adapter from a mask. Logits learned so far are overwritten.
+
+    All masks are computed and checked before the first logit changes.
+
+    Args:
+        model (`PeftModel` or a model with a mask adapter): the model.
+        prior: name of a criterion ("magnitude", "wanda", "polish", ...) or a `Criterion`; or masks by layer name,
+            `[out, in]`, non-zero = kept, exactly n of m; or folder or Hub repo of a published mask of the same pattern.
+        calibration, tokenizer: for a criterion, as in `nms.prune`.
+        adapter_name (`str`, *optional*): which adapter; the active one by default.
+        progress (`bool`): show a progress bar where there is a terminal.
+
+    Returns:
+        the criterion's `PruneReport`, or `None` for a given mask.
+
+    Raises:
+        ConfigError: if the adapter is a published mask, or layers and masks do not match.
+    """
+    adapter_name = adapter_name or active_mask(model)
+    layers = mask_layers(model, adapter_name)
+    if not layers:
+        raise ConfigError(f"the model has no mask adapter {adapter_name!r}")
+    config = next(iter(layers.values())).configs[adapter_name]
+    if config.mask_format != "logits":
+        raise ConfigError(f"adapter {adapter_name!r} is a published mask (codes); it has no logits to initialise")
+    report = None
+    if isinstance(prior, Mapping):
+        masks, label = _given_masks(prior, layers), "given masks"
+    elif isinstance(prior, Criterion) or prior in known_criteria():
+        criterion = get_criterion(prior)
+        masks, report = _criterion_masks(model, layers, criterion, config.pattern, calibration, tokenizer, progress)
+        label = criterion.name
+    else:
+        masks, label = _published_masks(prior, layers, config.pattern), str(prior)
+    codes = {
+        name: ops.mask_to_codes(mask, layers[name].relaxations[adapter_name].pattern) for name, mask in masks.items()
+    }
+    for name, layer in layers.items():
+        layer.set_prior_codes(adapter_name, codes[name])
+    for layer in layers.values():  # one config object serves all layers, and another may serve the PeftModel
+        layer.configs[adapter_name].prior = label
+    if adapter_name in getattr(model, "peft_config", {}):
+        model.peft_config[adapter_name].prior = label
+    return report
+
+
+def _given_masks(given: Mapping[str, torch.Tensor], layers: dict[str, NMSparseLayer]) -> dict[str, torch.Tensor]:
+    if missing := sorted(set(layers) - set(given)):
+        raise ConfigError(f"no mask given for {len(missing)} layers, first {missing[:5]}")
+    if surplus := sorted(set(given) - set(layers)):
+        raise ConfigError(
+            f"masks given for {len(surplus)} layers that the adapter does not prune, first {surplus[:5]}"
+        )
+    for name, layer in layers.items():
+        expected = (layer.out_features, layer.in_features)
+        if tuple(given[name].shape) != expected:
+            raise ConfigError(f"{name}: the mask has shape {list(given[name].shape)}, expected {list(expected)}")
+    return {name: given[name].to(layer.get_base_layer().weight.device) for name, layer in layers.items()}
+
+
+def _published_masks(
+    source: str | os.PathLike, layers: dict[str, NMSparseLayer], pattern: str
+) -> dict[str, torch.Tensor]:
+    mask = read_mask(source)
+    if mask.config.pattern != pattern:
+        raise ConfigError(f"{source} is a {mask.config.pattern} mask, the adapter's pattern is {pattern}")
+    codes = match_to_model(mask, {name: layer.get_base_layer() for name, layer in layers.items()})
+    if missing := sorted(set(layers) - set(codes)):
+        raise ConfigError(f"{source} has no mask for {len(missing)} layers of the adapter, first {missing[:5]}")
+    return {name: ops.codes_to_mask(codes[name], mask.pattern, layer.in_features) for name, layer in layers.items()}
+
+
+def _criterion_masks(
+    model: nn.Module,
+    layers: dict[str, NMSparseLayer],
+    criterion: Criterion,
+    pattern: str,
+    calibration: Any,
+    tokenizer: Any,
+    progress: bool,
+) -> tuple[dict[str, torch.Tensor], PruneReport]:
+    masks: dict[str, torch.Tensor] = {}
+    targets = []
+    for name, layer in layers.items():
+        base = layer.get_base_layer()
+        targets.append(Target(name, base, base.weight.detach(), lambda mask, name=name: masks.update({name: mask})))
+    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    with contextlib.ExitStack() as stack:
+        for layer in layers.values():
+            stack.enter_context(layer.masks_off())
+        report = walk(plain, targets, criterion, pattern, calibration, tokenizer, progress)
+    return masks, report
