@@ -17,7 +17,8 @@ from torch import nn
 from .. import ops
 from ..adapter import mask_layers
 from ..errors import FormatError
-from ..packed import SparseLinear24, check_packed_files
+from ..packed import SparseLinear24
+from ..packed.checkpoint import check_packed_files
 from ..pattern import NMPattern
 from .masks import read_mask
 
