@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model cards: valid metadata from any results, code that loads, and no claim that was not measured."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import math
+import re
+
+import pytest
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard import metadata_load
+from markdown_it import MarkdownIt
+
+from hf_nmsparse.errors import ConfigError
+from hf_nmsparse.hub.card import MISSING, card_text, write_card
+from hf_nmsparse.results import RunResults
+
+HOSTILE = (
+    "x: 'a' \"b\"\n---\n# h {{ 7*7 }} {% raw %} <script>alert(1)</script> | ``` *e* [l](u) \x00\x85\u2028 \\ __i__"
+)
+REPO = "someone/smollm2-2to4"
+
+
+def sample_results(**changes) -> RunResults:
+    results = RunResults(
+        base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
+        base_revision="12fd25f77366fa6b3b4b768ec3050bf629380bac",
+        pattern="2:4",
+        method="candidates (prior polish)",
+        sparse_layers=[f"model.layers.{i}.self_attn.{kind}_proj" for i in range(30) for kind in "qkvo"],
+        dense_layers=["lm_head"],
+        data={"calibration": "wiki train, 32,768 tokens", "training": "wiki train", "evaluation": "wiki test"},
+        seed=1234,
+        perplexity={"polish": 147.1, "dense": 24.45, "learned": 57.3, "packed": 57.4},
+        perplexity_tokens=32768,
+        perplexity_sequence_length=1024,
+        mask_bits_per_weight=0.6684,
+        mask_bits_bound=0.64624,
+        packed_ratio=0.5627,
+        sizes={"mask": 8_873_216, "packed_model": 176_400_112},
+        reload_bit_equal=True,
+        base_unchanged=True,
+        steps=193,
+        planned_steps=300,
+        speed=[{"name": "linear 576x1536", "tokens": 1, "milliseconds": 0.0312, "ratio": 1.31, "device": "some CPU"}],
+        command="nmsparse demo --pattern 2:4",
+        environment={"torch": "2.13.0", "python": "3.11.2"},
+    )
+    return dataclasses.replace(results, **changes)
+
+
+def load(text: str, tmp_path) -> ModelCard:
+    path = tmp_path / "README.md"
+    path.write_bytes(text.encode())
+    card = ModelCard.load(path)
+    assert metadata_load(path) == card.data.to_dict()
+    return card
+
+
+def code_blocks(text: str, language: str) -> list[str]:
+    return [token.content for token in MarkdownIt().parse(text) if token.type == "fence" and token.info == language]
+
+
+@pytest.mark.parametrize(
+    ("kind", "relation", "library", "value"),
+    [("packed", "quantized", "transformers", 57.4), ("mask", "adapter", "hf_nmsparse", 57.3)],
+)
+def test_metadata_round_trips_through_model_card(kind, relation, library, value, tmp_path):
+    card = load(card_text(sample_results(), kind, license="apache-2.0", language="en", repo_id=REPO), tmp_path)
+    data = card.data
+    assert data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct" and data.base_model_relation == relation
+    assert data.library_name == library and data.pipeline_tag == "text-generation"
+    assert data.license == "apache-2.0" and data.language == ["en"] and data.metrics == ["perplexity"]
+    assert {"nmsparse", "2:4", "sparsity", "pruned", "semi-structured-sparsity"} <= set(data.tags)
+    assert ("mask" in data.tags) == (kind == "mask")
+    assert data.model_name == "smollm2-2to4"
+    (evaluation,) = data.eval_results
+    assert evaluation.metric_type == "perplexity" and evaluation.metric_value == value
+    assert evaluation.dataset_name == "wiki test"
+    assert str(card) == card_text(sample_results(), kind, license="apache-2.0", language="en", repo_id=REPO)
+
+
+def test_body_holds_the_numbers_of_the_results():
+    text = card_text(sample_results(), "packed", repo_id=REPO)
+    for words in ("2 kept of 4", "24.45", "147.1", "57.3", "6.02", "2.34", "0.6684", "0.6462", "0.5627", "8,873,216",
+                  "193 of 300 planned", "1234", "32,768", "1,024", "0.0312", "some CPU", "q_proj × 30", "lm_head",
+                  "nmsparse demo --pattern 2:4", "12fd25f77366fa6b3b4b768ec3050bf629380bac"):  # fmt: skip
+        assert words in text, words
+    assert MISSING not in text.replace(f"other text, and tasks, were {MISSING}", "")
+    table = [
+        line.split("|")[1].strip()
+        for line in text.splitlines()
+        if re.match(r"\| (dense|polish|learned|packed) \|", line)
+    ]
+    assert table == ["dense", "polish", "learned", "packed"]
+
+
+@pytest.mark.parametrize("kind", ["mask", "packed"])
+def test_code_imports_the_plugin_first_and_parses(kind):
+    text = card_text(sample_results(), kind, repo_id=REPO)
+    blocks = code_blocks(text, "python")
+    assert len(blocks) == {"mask": 2, "packed": 1}[kind]
+    for block in blocks:
+        ast.parse(block)
+        assert block.startswith("import hf_nmsparse")
+        assert f'"{REPO}"' in block
+    assert "pip install hf-nmsparse\n" in code_blocks(text, "bash")
+    if kind == "mask":
+        assert "PeftModel.from_pretrained(model, " in blocks[0] and "nms.load_mask(model, " in blocks[1]
+        assert '"HuggingFaceTB/SmolLM2-135M-Instruct", revision="12fd25f7' in blocks[0]
+    assert {"mask": "KeyError", "packed": "RuntimeError"}[kind] in text
+
+
+@pytest.mark.parametrize("kind", ["mask", "packed"])
+def test_empty_results_make_a_valid_card_without_claims(kind, tmp_path):
+    text = card_text(RunResults(), kind)
+    card = load(text, tmp_path)
+    assert set(card.data.to_dict()) == {"library_name", "pipeline_tag", "tags"}
+    assert text.count(MISSING) > 15
+    for claim in ("faster", "2:4", "perplexity of", "None", "nan"):
+        assert claim not in card.text
+
+
+@pytest.mark.parametrize(
+    "field",
+    ["base_model", "base_revision", "pattern", "method", "sparse_layers", "dense_layers", "data", "seed", "perplexity",
+     "perplexity_tokens", "perplexity_sequence_length", "mask_bits_per_weight", "mask_bits_bound", "packed_ratio", "sizes",
+     "reload_bit_equal", "base_unchanged", "steps", "speed", "command", "environment"],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["mask", "packed"])
+def test_each_missing_field_is_called_not_measured(field, kind, tmp_path):
+    text = card_text(sample_results(**{field: getattr(RunResults(), field)}), kind)
+    load(text, tmp_path)
+    assert text.count(MISSING) > card_text(sample_results(), kind).count(MISSING) or field == "perplexity"
+    assert field != "perplexity" or ("model-index" not in text and f"Its quality was {MISSING}" in text)
+
+
+@pytest.mark.parametrize("base", ["/home/someone/base", "./base", "~/base", "C:\\models\\base", "a/b/c", "two words"])
+def test_local_paths_never_become_hub_ids(base, tmp_path):
+    text = card_text(sample_results(base_model=base), "mask")
+    card = load(text, tmp_path)
+    assert card.data.base_model is None and "base_model_relation" not in card.data
+    assert card.data.model_name.split("-")[0] in ("base", "c", "two words")
+    assert "(not a Hub id)" in card.text
+    ast.parse(code_blocks(text, "python")[0])
+
+
+def test_folder_that_looks_like_a_hub_id_is_no_hub_id(tmp_path, monkeypatch):
+    (tmp_path / "runs" / "base").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert load(card_text(sample_results(base_model="runs/base"), "mask"), tmp_path).data.base_model is None
+
+
+@pytest.mark.parametrize("kind", ["mask", "packed"])
+def test_hostile_text_breaks_neither_metadata_nor_page(kind, tmp_path):
+    keyed = {HOSTILE: HOSTILE, "evaluation": HOSTILE}
+    results = RunResults(
+        base_model=HOSTILE, base_revision=HOSTILE, pattern=HOSTILE, method=HOSTILE, sparse_layers=[HOSTILE],
+        dense_layers=[HOSTILE] * 9, data=keyed, perplexity={HOSTILE: 3.0, "dense": 2.0}, sizes={HOSTILE: 3},
+        speed=[{"name": HOSTILE, "device": HOSTILE, "tokens": HOSTILE}], command=HOSTILE, environment=keyed,
+    )  # fmt: skip
+    text = card_text(results, kind, license=HOSTILE, language=[HOSTILE], repo_id=HOSTILE)
+    card = load(text, tmp_path)
+    assert card.data.library_name and card.data.base_model is None
+    assert "\n" not in card.data.license and card.data.eval_results[0].metric_value == 3.0
+    page = MarkdownIt("commonmark", {"html": True}).enable("table").render(card.text)
+    assert "<script" not in page and "<a " not in page and "<em>" not in page and "<strong>" not in page
+    assert "{{ 7*7 }}" in page
+    assert page.count("<h1>") == 1 and page.count("<hr") == 0
+    for block in code_blocks(card.text, "python"):
+        ast.parse(block)
+    for table in re.findall(r"<tr>(.*?)</tr>", page, flags=re.DOTALL):
+        assert len(re.findall(r"<t[dh]", table)) in (2, 3, 5)
+
+
+def test_only_the_row_of_the_artefact_is_published_as_its_result(tmp_path):
+    def published(kind="mask", **changes):
+        return load(card_text(sample_results(**changes), kind), tmp_path).data.eval_results
+
+    assert published(perplexity={"dense": 10.0}) is None
+    assert published(perplexity={"dense": 10.0, "wanda": 20.0, "magnitude": 30.0}) is None
+    assert published(perplexity={"wanda": 20.0, "magnitude": 30.0}, method="wanda")[0].metric_value == 20.0
+    assert published(perplexity={"dense": 10.0, "wanda": 20.0})[0].metric_value == 20.0
+    assert published(perplexity={"dense": 10.0, "learned": math.nan}) is None
+
+
+def test_backticks_do_not_end_the_code_block():
+    text = card_text(sample_results(command="a\n```\n# title\n`````"), "mask")
+    assert "a\n```\n# title\n`````\n" in code_blocks(text, "bash")
+
+
+@pytest.mark.parametrize("pattern", ["1:4", "4:8", "8:16"])
+def test_patterns_stay_strings_in_yaml(pattern, tmp_path):
+    assert pattern in load(card_text(sample_results(pattern=pattern), "mask"), tmp_path).data.tags
+
+
+def test_write_card_replaces_the_readme(tmp_path):
+    (tmp_path / "README.md").write_text("old")
+    path = write_card(tmp_path, sample_results(command="a\ud800b\r\nc"), "mask", repo_id=REPO)
+    assert path == tmp_path / "README.md" and [p.name for p in tmp_path.iterdir()] == ["README.md"]
+    assert ModelCard.load(path).data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def test_unknown_kind_is_refused():
+    with pytest.raises(ConfigError, match="'mask' or 'packed'"):
+        card_text(RunResults(), "dense")
