@@ -2,7 +2,8 @@
 """Published masks and packed models: writing, reading, checking."""
 
 from .deploy import compress, decompress
-from .masks import PublishedMask, load_mask, read_mask, save_mask
+from .mask_file import PublishedMask, mask_summary, read_mask
+from .masks import load_mask, match_to_model, save_mask
 from .verify import VerifyReport, verify
 
 __all__ = [
@@ -11,6 +12,8 @@ __all__ = [
     "compress",
     "decompress",
     "load_mask",
+    "mask_summary",
+    "match_to_model",
     "read_mask",
     "save_mask",
     "verify",

@@ -4,17 +4,13 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import os
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import hf_hub_download
 from peft import PeftModel, get_peft_model
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save
 from torch import nn
 
@@ -22,51 +18,12 @@ from .. import ops
 from ..adapter import NMSparseConfig, mask_layers
 from ..errors import BaseModelMismatchError, ConfigError, FormatError
 from ..files import staged_folder
-from ..fingerprint import FINGERPRINT_BYTES, digest, fingerprint, to_hex
-from ..pattern import NMPattern
+from ..fingerprint import digest, fingerprint, to_hex
 from ..results import RunResults
 from .card import card_text
+from .mask_file import PARTS, PREFIX, PublishedMask, read_mask
 
 logger = logging.getLogger(__name__)
-
-_PREFIX = "base_model.model."  # PEFT's name for the wrapped model, so that its own loaders read the file
-_PARTS = ("nmsparse_packed", "nmsparse_digest", "nmsparse_base")
-_MAX_CONFIG_BYTES = 1 << 20
-
-
-@dataclass(frozen=True)
-class LayerMask:
-    """The mask of one layer as stored.
-
-    Args:
-        packed (`torch.Tensor`): packed codes, uint8 `[out, bytes]`.
-        base (`torch.Tensor`): fingerprint of the base weight, uint8 `[16]`; zero where it was unknown.
-    """
-
-    packed: torch.Tensor
-    base: torch.Tensor
-
-
-@dataclass(frozen=True)
-class PublishedMask:
-    """A mask read from a folder or repo, checked as far as it can be without its model.
-
-    Args:
-        config (`NMSparseConfig`): its configuration.
-        layers (`dict[str, LayerMask]`): by module name.
-        source (`str`): where it came from.
-        file_bytes (`int`): size of the mask file.
-    """
-
-    config: NMSparseConfig
-    layers: dict[str, LayerMask]
-    source: str
-    file_bytes: int
-
-    @property
-    def pattern(self) -> NMPattern:
-        """The pattern of every layer."""
-        return NMPattern(self.config.pattern)
 
 
 # --- writing --------------------------------------------------------------------------------------------------------
@@ -98,17 +55,14 @@ def save_mask(
     for name, layer in layers.items():
         tensors |= _stored_tensors(name, layer, adapter_name)
     config = published_config(next(iter(layers.values())).configs[adapter_name], sorted(layers))
-    header = {
-        "format": "pt",
-        "nmsparse.format_version": str(config.format_version),
-        "nmsparse.pattern": config.pattern,
-    }
+    base_class = type(_plain(model))  # AutoPeftModel finds the base's class by this
+    config.auto_mapping = {"base_model_class": base_class.__name__, "parent_library": base_class.__module__}
     results = copy.deepcopy(results) if results is not None else RunResults()
     results.pattern, results.sparse_layers = config.pattern, sorted(layers)
     results.base_model = results.base_model or config.base_model_name_or_path
     results.base_revision = results.base_revision or config.revision
     with staged_folder(folder) as staging:
-        (staging / SAFETENSORS_WEIGHTS_NAME).write_bytes(save(tensors, metadata=header))
+        (staging / SAFETENSORS_WEIGHTS_NAME).write_bytes(save(tensors, metadata={"format": "pt"}))
         config.save_pretrained(str(staging))
         (staging / "README.md").write_text(card_text(results, "mask"))
     return Path(folder)
@@ -128,7 +82,7 @@ def _stored_tensors(name: str, layer, adapter_name: str) -> dict[str, torch.Tens
         "nmsparse_digest": digest(packed),
         "nmsparse_base": layer.nmsparse_base[adapter_name].cpu(),
     }
-    return {f"{_PREFIX}{name}.{part}": values[part].contiguous() for part in _PARTS}
+    return {f"{PREFIX}{name}.{part}": values[part].contiguous() for part in PARTS}
 
 
 def published_config(config: NMSparseConfig, layer_names: list[str]) -> NMSparseConfig:
@@ -142,103 +96,7 @@ def published_config(config: NMSparseConfig, layer_names: list[str]) -> NMSparse
     return published
 
 
-# --- reading --------------------------------------------------------------------------------------------------------
-def resolve(source: str | os.PathLike, filename: str, revision: str | None = None, task: str | None = None) -> Path:
-    """Local path of a file of a mask folder or Hub repo.
-
-    Raises:
-        FormatError: if a local folder lacks the file.
-    """
-    folder = Path(source)
-    if folder.exists():
-        path = folder / (task or "") / filename
-        if not path.is_file():
-            raise FormatError(
-                f"{folder / (task or '')} holds no {filename}; it is no mask folder, or an incomplete one"
-            )
-        return path
-    return Path(hf_hub_download(str(source), filename, revision=revision, subfolder=task))
-
-
-def read_mask(source: str | os.PathLike, revision: str | None = None, task: str | None = None) -> PublishedMask:
-    """Read and check a published mask: config, header, shapes, digests, codes. No model is needed.
-
-    Args:
-        source (`str` or `Path`): folder or Hub repo.
-        revision (`str`, *optional*): of the repo.
-        task (`str`, *optional*): subfolder, where a repo holds masks of several tasks.
-
-    Raises:
-        FormatError: on anything that `save_mask` cannot have written, naming the tensor.
-        ConfigError: if it is a training checkpoint.
-    """
-    config = _read_config(resolve(source, CONFIG_NAME, revision, task))
-    path = resolve(source, SAFETENSORS_WEIGHTS_NAME, revision, task)
-    tensors = _read_tensors(path)
-    pattern = NMPattern(config.pattern)
-    layers: dict[str, LayerMask] = {}
-    for key in tensors:
-        name, _, part = key.removeprefix(_PREFIX).rpartition(".")
-        if not key.startswith(_PREFIX) or part not in _PARTS:
-            raise FormatError(
-                f"{path}: unexpected tensor {key!r}; the file is no published mask of this format version"
-            )
-        if part == "nmsparse_packed":
-            layers[name] = _check_layer(path, name, tensors, pattern)
-    if not layers:
-        raise FormatError(f"{path} holds no masks")
-    if surplus := sorted(set(tensors) - {f"{_PREFIX}{name}.{part}" for name in layers for part in _PARTS}):
-        raise FormatError(f"{path}: tensor {surplus[0]!r} belongs to no layer with codes; the file is damaged")
-    return PublishedMask(config, layers, str(source), path.stat().st_size)
-
-
-def _read_config(path: Path) -> NMSparseConfig:
-    if path.stat().st_size > _MAX_CONFIG_BYTES:
-        raise FormatError(
-            f"{path} is {path.stat().st_size} bytes, over the limit of {_MAX_CONFIG_BYTES}; it is no mask config"
-        )
-    try:
-        content = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise FormatError(f"{path} is not JSON ({error}); fetch the mask again") from error
-    if not isinstance(content, dict) or content.get("peft_type") != "NMSPARSE":
-        raise FormatError(f"{path} is not the config of a mask (peft_type NMSPARSE)")
-    known = {key: value for key, value in content.items() if key in NMSparseConfig.__dataclass_fields__}
-    config = NMSparseConfig(**{**known, "peft_type": None})
-    if config.mask_format != "packed":
-        raise ConfigError(
-            f"{path.parent} is a training checkpoint (logits), not a published mask; load it with PeftModel.from_pretrained, "
-            "and publish it with nms.save_mask"
-        )
-    return config
-
-
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            keys = list(file.keys())
-            return {key: file.get_tensor(key) for key in keys}
-    except SafetensorError as error:
-        raise FormatError(f"{path} is damaged or cut short ({error}); fetch the mask again") from error
-
-
-def _check_layer(path: Path, name: str, tensors: dict[str, torch.Tensor], pattern: NMPattern) -> LayerMask:
-    found = {part: tensors.get(f"{_PREFIX}{name}.{part}") for part in _PARTS}
-    for part, tensor in found.items():
-        shape_ok = tensor is not None and (
-            tensor.dim() == 2 if part == "nmsparse_packed" else tensor.shape == (FINGERPRINT_BYTES,)
-        )
-        if not shape_ok or tensor.dtype != torch.uint8:
-            got = "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
-            expected = "[out, bytes]" if part == "nmsparse_packed" else f"[{FINGERPRINT_BYTES}]"
-            raise FormatError(f"{path}: {name}.{part} must be uint8 {expected}, got {got}; the file is damaged")
-    if not torch.equal(digest(found["nmsparse_packed"]), found["nmsparse_digest"]):
-        raise FormatError(
-            f"{path}: the codes of {name} do not match their digest; the file is damaged, fetch it again"
-        )
-    return LayerMask(found["nmsparse_packed"], found["nmsparse_base"])
-
-
+# --- loading ---------------------------------------------------------------------------------------------------------
 def match_to_model(
     mask: PublishedMask, linears: dict[str, nn.Module], allow_base_mismatch: bool = False
 ) -> dict[str, torch.Tensor]:
@@ -370,11 +228,3 @@ def _adapter_names(model: nn.Module) -> list[str]:
 
 def _plain(model: nn.Module) -> nn.Module:
     return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def mask_summary(mask: PublishedMask) -> dict[str, object]:
-    """Facts about a published mask, for `inspect`."""
-    config = {
-        key: value for key, value in asdict(mask.config).items() if value is not None and key != "target_modules"
-    }
-    return {"source": mask.source, "layers": len(mask.layers), "file_bytes": mask.file_bytes, "config": config}

@@ -20,7 +20,7 @@ from ..errors import FormatError
 from ..packed import SparseLinear24
 from ..packed.checkpoint import check_packed_files
 from ..pattern import NMPattern
-from .masks import read_mask
+from .mask_file import read_mask
 
 
 @dataclass

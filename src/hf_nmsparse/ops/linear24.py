@@ -115,7 +115,7 @@ def _check_operands(x: torch.Tensor, values: torch.Tensor, ids: torch.Tensor, bi
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, values, ids, _ = inputs
+    x, values, ids = inputs[:3]
     # x is kept only for the gradient of the values: on a frozen weight it would be dead memory, one copy a layer.
     ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, values, ids)
 
@@ -130,7 +130,7 @@ def _backward(ctx, grad):
     if ctx.needs_input_grad[1]:
         grad_weight = rows.t() @ x.reshape(-1, x.shape[-1])  # (out, in)
         grad_values = grad_weight.gather(1, columns_of_24(ids))
-    if ctx.needs_input_grad[3]:
+    if any(ctx.needs_input_grad[3:]):  # torch leaves out an argument that equals its default
         grad_bias = rows.sum(0)
     return grad_x, grad_values, None, grad_bias
 

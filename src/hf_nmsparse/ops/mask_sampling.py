@@ -146,8 +146,7 @@ def _sliced_probabilities(
     temperature, logit_scale, _, step, draw = scalars
     out_features, num_candidates, groups = logits.shape
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    slope = (logit_scale / temperature).to(dtype)
-    inverse_temperature = temperature.reciprocal().to(dtype)
+    slope, inverse_temperature = logit_scale.to(dtype) / temperature.to(dtype), temperature.to(dtype).reciprocal()
     allowed = pattern.tail_candidates(in_features).to(logits.device)
     restrict_tail = pattern.tail(in_features) > 0
     rows = max(1, (_CPU_SLICE_GROUPS if logits.device.type == "cpu" else _GPU_SLICE_GROUPS) // groups)
@@ -205,7 +204,7 @@ class _MaskedWeight(torch.autograd.Function):
             grouped = F.pad(grad_mask, (0, padding)).unflatten(1, (-1, pattern.m))  # [rows, groups, m]
             grad_y = candidates @ grouped.transpose(1, 2)  # [rows, C, groups]
             grad_y -= (y * grad_y).sum(1, keepdim=True)
-            slope = (logit_scale / temperature).to(y.dtype)
+            slope = logit_scale.to(y.dtype) / temperature.to(y.dtype)
             grad_logits[rows] = (grad_y.mul_(y).mul_(slope)).to(logits.dtype)
         return grad_weight, grad_logits, *[None] * 8
 

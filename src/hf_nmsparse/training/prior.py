@@ -16,7 +16,8 @@ from .. import ops
 from ..adapter import NMSparseLayer, mask_layers
 from ..criteria import Criterion, PruneReport, Target, get_criterion, known_criteria, walk
 from ..errors import ConfigError
-from ..hub.masks import active_mask, match_to_model, read_mask
+from ..hub.mask_file import read_mask
+from ..hub.masks import active_mask, match_to_model
 
 
 def set_prior(

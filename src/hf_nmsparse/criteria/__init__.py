@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One-shot criteria, and the engine that walks a model block by block with one of them."""
+
+from .base import Criterion, InputStatistics, get_criterion, known_criteria, register_criterion
+from .blocks import find_blocks, find_linears
+from .engine import LayerReport, PruneReport, Target, prune, walk
+from .magnitude import Magnitude
+from .polish import Polish, polish_mask
+from .wanda import Wanda
+
+__all__ = [
+    "Criterion",
+    "InputStatistics",
+    "LayerReport",
+    "Magnitude",
+    "Polish",
+    "PruneReport",
+    "Target",
+    "Wanda",
+    "find_blocks",
+    "find_linears",
+    "get_criterion",
+    "known_criteria",
+    "polish_mask",
+    "prune",
+    "register_criterion",
+    "walk",
+]

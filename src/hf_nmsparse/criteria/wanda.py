@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Wanda: weights times the norm of their input ("A Simple and Effective Pruning Approach for Large Language Models",
+Sun et al., arXiv 2306.11695, equation 1)."""
+
+from __future__ import annotations
+
+import torch
+
+from ..ops import top_n_mask
+from ..pattern import NMPattern
+from .base import Criterion, InputStatistics, register_criterion
+
+
+@register_criterion
+class Wanda(Criterion):
+    """Score `|W_ij| * ||X_j||_2`, in float32; equal scores are kept lowest index first.
+
+    The norm here is the root of the *mean* square over tokens: the order within a row is the same.
+    """
+
+    name = "wanda"
+    needs = "norms"
+
+    def mask(self, weight: torch.Tensor, statistics: InputStatistics | None, pattern: NMPattern) -> torch.Tensor:
+        return top_n_mask(weight.float().abs() * statistics.squared_norm.sqrt(), pattern)

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`PackedConfig`: the `quantization_config` of packed models, quant_method "nmsparse"."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..errors import ConfigError, FormatError
+from ..pattern import NMPattern
+from .modules import MEMORY_MODES, PATTERN
+
+QUANT_METHOD = "nmsparse"
+FORMAT_VERSION = 1
+_LOADING_ATTRIBUTES = ("dequantize", "memory", "check_digests")
+
+
+class PackedConfig(QuantizationConfigMixin):
+    """Config of a model whose linear layers are packed 2:4.
+
+    On a dense checkpoint it makes `from_pretrained` prune by magnitude while loading; on a packed one its loading
+    attributes take effect. A plain dict `{"quant_method": "nmsparse", ...}` does the same on a dense checkpoint.
+
+    Args:
+        pattern (`str`, defaults to `"2:4"`): the packed form. Patterns inside it (1:4) pack as 2:4.
+        modules_to_not_convert (`list[str]`, *optional*): linear layers that stay dense. For pruning while loading: names,
+            prefixes, suffixes or regular expressions, beside output head and tied weights, which always stay dense. In
+            a stored config: the full name of each dense linear layer.
+        format_version (`int`, defaults to 1): of the packed tensors (docs/FORMAT.md).
+        values (`str`, defaults to `"dense"`): how kept weights are stored; "dense": in the dtype of the model.
+        dequantize (`bool`, defaults to `False`): loading attribute, never stored: load as plain dense layers.
+        memory (`str`, *optional*): loading attribute: "fast" or "low", see `SparseLinear24`.
+        check_digests (`bool`, defaults to `True`): loading attribute: check the packed tensors against the digests in
+            their file, before the model is changed.
+
+    Raises:
+        FormatError: if `format_version` or `values` is of a later version.
+        ConfigError: on another wrong value, or an unknown field: a field that may be ignored does not exist in version 1.
+    """
+
+    def __init__(
+        self,
+        pattern: str = "2:4",
+        modules_to_not_convert: list[str] | None = None,
+        format_version: int = FORMAT_VERSION,
+        values: str = "dense",
+        *,
+        dequantize: bool = False,
+        memory: str | None = None,
+        check_digests: bool = True,
+        quant_method: str = QUANT_METHOD,
+        **unknown: Any,
+    ) -> None:
+        # First: in a file of a later version every other field may be strange.
+        check_format_version(format_version, "quantization_config")
+        if unknown:
+            raise ConfigError(
+                f"PackedConfig: unknown fields {sorted(unknown)}; check their spelling or upgrade hf-nmsparse"
+            )
+        if quant_method != QUANT_METHOD:
+            raise ConfigError(f"PackedConfig: quant_method={quant_method!r}, expected {QUANT_METHOD!r}")
+        if values != "dense":
+            raise FormatError(f"PackedConfig: values={values!r}, this version knows 'dense'; upgrade hf-nmsparse")
+        if str(NMPattern(pattern)) != str(PATTERN):
+            raise ConfigError(f"PackedConfig: pattern={pattern!r}; the packed form is '2:4', 1:4 packs as 2:4 too")
+        if memory is not None and memory not in MEMORY_MODES:
+            raise ConfigError(f"PackedConfig: memory={memory!r}; use one of {MEMORY_MODES} or None")
+        self.quant_method = quant_method
+        self.pattern = str(PATTERN)
+        self.modules_to_not_convert = _names(modules_to_not_convert)
+        self.format_version = format_version
+        self.values = values
+        self.dequantize = dequantize
+        self.memory = memory
+        self.check_digests = check_digests
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """The options that a caller of `from_pretrained` may set on an already packed checkpoint."""
+        return {name: getattr(self, name) for name in _LOADING_ATTRIBUTES}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The stored fields: how a checkpoint is loaded is no property of the checkpoint."""
+        return {name: value for name, value in super().to_dict().items() if name not in _LOADING_ATTRIBUTES}
+
+
+def check_format_version(version: object, where: str) -> None:
+    """Refuse a version that this code cannot read.
+
+    Raises:
+        FormatError: naming `where` it was found.
+    """
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise FormatError(f"{where}: format_version={version!r} is no version; the file is damaged")
+    if version > FORMAT_VERSION:
+        raise FormatError(
+            f"{where}: format_version={version}, this version reads up to {FORMAT_VERSION}; upgrade hf-nmsparse"
+        )
+
+
+def _names(names: list[str] | None) -> list[str] | None:
+    if names is None:
+        return None
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"PackedConfig: modules_to_not_convert={names!r}; give a list of module names")
+    return list(names)
