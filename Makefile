@@ -1,0 +1,42 @@
+# Everything here sets itself up: a virtual environment in .venv, PyTorch first, then the package with its extras.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: setup demo test test-slow lint bench gpu-check clean
+
+setup: $(STAMP)
+
+# PyTorch is installed first and by itself, so that no other package chooses a build of it.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,report,datasets,test]'
+	touch $@
+
+demo: setup
+	$(BIN)/nmsparse demo --output demo
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: setup
+	$(BIN)/python -m pytest -m "not gpu"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: setup
+	$(BIN)/python benchmarks/masks.py
+	$(BIN)/python benchmarks/packed.py
+
+# On a machine with a GPU: the tests marked `gpu` and the benchmarks, with whatever python is called PYTHON.
+gpu-check:
+	$(PYTHON) -m pytest -m gpu
+	$(PYTHON) benchmarks/masks.py --device cuda
+	$(PYTHON) benchmarks/packed.py --device cuda
+
+clean:
+	rm -rf $(VENV) demo build dist .pytest_cache .ruff_cache
