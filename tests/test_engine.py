@@ -55,10 +55,10 @@ def opt() -> nn.Module:
     return OPTForCausalLM(OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=32, init_std=0.1)).eval()
 
 
-def bloom_whose_blocks_return_tuples() -> nn.Module:
+def bloom_whose_blocks_return_tuples(layers: int = 2) -> nn.Module:
     torch.manual_seed(0)
     return BloomForCausalLM(
-        BloomConfig(vocab_size=128, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.1)
+        BloomConfig(vocab_size=128, hidden_size=32, n_layer=layers, n_head=4, initializer_range=0.1)
     ).eval()
 
 
@@ -125,6 +125,11 @@ def test_equals_the_naive_reference_on_the_whole_model(kind, criterion):
     report = prune(model, criterion, "2:4", tokens(), progress=False)
     assert len(report.layers) == len(find_linears(model))
     assert same(model, reference)
+
+
+def test_while_arguments_are_recorded_blocks_hand_on_what_the_model_expects():
+    model = bloom_whose_blocks_return_tuples(layers=6)
+    assert len(prune(model, "wanda", "2:4", tokens(2), progress=False).layers) == 24
 
 
 @pytest.mark.parametrize("pattern", ["1:4", "4:8", "2:5"])

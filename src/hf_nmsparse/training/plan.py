@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 
 import torch
 from peft import get_peft_model
+from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
 from ..adapter import NMSparseConfig, NMSparseLayer, NMSparseModel, mask_layers
-from ..errors import UnsupportedError
+from ..errors import ConfigError, UnsupportedError
 from ..fingerprint import FINGERPRINT_BYTES
 from ..packed.layers import unpackable_layers
 from ..pattern import NMPattern
@@ -146,6 +147,7 @@ def plan(model: nn.Module, config: NMSparseConfig) -> Plan:
 
     Raises:
         UnsupportedError: if the model carries mask adapters already, or the config targets a layer that takes none.
+        ConfigError: if the config leaves no layer to prune.
     """
     if mask_layers(model):
         raise UnsupportedError("the model carries mask adapters already; plan on its base model")
@@ -155,7 +157,10 @@ def plan(model: nn.Module, config: NMSparseConfig) -> Plan:
     parameters = list(skeleton.parameters())
     unpackable = unpackable_layers(skeleton)
     resolved = copy.deepcopy(config)
-    peft_model = get_peft_model(skeleton, resolved, adapter_name=_ADAPTER, low_cpu_mem_usage=True)
+    try:
+        peft_model = get_peft_model(skeleton, resolved, adapter_name=_ADAPTER, low_cpu_mem_usage=True)
+    except NoMatchingPeftModuleError as error:
+        raise ConfigError(f"the config leaves no layer to prune ({error})") from error
     pattern = NMPattern(config.pattern)
     layers = [_planned(name, layer, pattern, unpackable) for name, layer in mask_layers(peft_model, _ADAPTER).items()]
     pruned = {layer.name for layer in layers}

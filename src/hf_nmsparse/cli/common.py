@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all verbs share: options, the one answer on stdout, and errors as one line with an exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shlex
+import sys
+import traceback
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ..errors import BaseModelMismatchError, FormatError, NMSparseError
+
+if TYPE_CHECKING:
+    from ..results import RunResults
+
+OK, FAILED, WRONG_USE, STOPPED = 0, 1, 2, 130
+DEBUG_VARIABLE = "NMSPARSE_DEBUG"
+
+
+# --- options --------------------------------------------------------------------------------------------------------
+class Dtype(str, Enum):
+    """Dtypes to load a model in; `auto` is the one it is stored in."""
+
+    AUTO = "auto"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id or local folder of the model.")]
+OutputOption = Annotated[Path, typer.Option("--output", metavar="DIR", help="Folder to write, whole or not at all.")]
+PatternOption = Annotated[str, typer.Option("--pattern", metavar="N:M", help="N weights kept of each M.")]
+DenseLayersOption = Annotated[
+    list[str] | None,
+    typer.Option("--dense-layers", metavar="NAMES", help="Layers to leave unpruned, comma-separated or repeated."),
+]
+DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Dtype to load the model in; auto: as stored.")]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option("--device", metavar="DEVICE", help="For example cuda:1; by default a GPU if there is one."),
+]
+MaskOption = Annotated[
+    str | None, typer.Option("--mask", metavar="MASK", help="Folder or Hub repo of a published mask.")
+]
+MaskRevisionOption = Annotated[str | None, typer.Option("--mask-revision", help="Revision of the mask's repo.")]
+TaskOption = Annotated[
+    str | None, typer.Option("--task", help="Subfolder, where a repo holds masks of several tasks.")
+]
+MismatchOption = Annotated[
+    bool, typer.Option("--allow-base-mismatch", help="Accept base weights other than those the mask was made for.")
+]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="Write even into a folder that holds something else.")
+]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Check everything and say what would be done; write nothing.")
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on stdout, everything else on stderr.")
+]
+
+
+def listed(names: Iterable[str] | None) -> list[str]:
+    """Names given as repeated or comma-separated options, one by one."""
+    return [name.strip() for entry in names or () for name in entry.split(",") if name.strip()]
+
+
+# --- answers --------------------------------------------------------------------------------------------------------
+@dataclass
+class Answer:
+    """What a verb has found.
+
+    Args:
+        facts (`dict`): for `--json`.
+        shown (`list`): Rich renderables, for people.
+        code (`int`): exit code.
+    """
+
+    facts: dict[str, Any] = field(default_factory=dict)
+    shown: list[RenderableType] = field(default_factory=list)
+    code: int = OK
+
+    def show(self, *renderables: RenderableType) -> None:
+        """Add something for people to read. Strings are taken literally, without markup."""
+        self.shown += [Text(item) if isinstance(item, str) else item for item in renderables]
+
+
+@contextlib.contextmanager
+def verb(json_output: bool) -> Iterator[Answer]:
+    """The frame of every verb: gives the `Answer` to fill, prints it, and turns errors into a line and an exit code.
+
+    Inside, stdout goes to stderr, because the Trainer and others print there; only the answer gets to stdout.
+
+    Raises:
+        typer.Exit: unless the exit code is 0.
+    """
+    answer = Answer()
+    with contextlib.redirect_stdout(sys.stderr), _calm_libraries():
+        try:
+            yield answer
+        except (NMSparseError, OSError) as error:
+            answer = Answer({"ok": False, "error": _one_line(error), "kind": type(error).__name__}, code=_code(error))
+            if os.environ.get(DEBUG_VARIABLE, "0") != "0":
+                traceback.print_exc()
+            tell(f"error: {answer.facts['error']}", style="bold red")
+        except KeyboardInterrupt:
+            answer = Answer({"ok": False, "error": "stopped", "kind": "KeyboardInterrupt"}, code=STOPPED)
+            tell("stopped", style="bold red")
+    if json_output:
+        typer.echo(json.dumps(_finite({"ok": answer.code == OK} | answer.facts)))
+    else:
+        console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+        for item in answer.shown:
+            console.print(item)
+    if answer.code != OK:
+        raise typer.Exit(answer.code)
+
+
+def tell(line: str, style: str | None = None) -> None:
+    """Print a line on stderr."""
+    Console(stderr=True, highlight=False).print(Text(line, style=style or ""), soft_wrap=True)
+
+
+def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> Table:
+    """A table whose cells are literal text; all columns but the first are right-aligned."""
+    result = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for index, column in enumerate(columns):
+        result.add_column(column, justify="left" if index == 0 else "right")
+    for row in rows:
+        result.add_row(*(Text(str(cell)) for cell in row))
+    return result
+
+
+def facts_table(title: str, facts: dict[str, object]) -> Table:
+    """Facts, one a line."""
+    result = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, show_header=False)
+    for name, value in facts.items():
+        result.add_row(name, Text(str(value)))
+    return result
+
+
+def size(count: int | None) -> str:
+    """Bytes for people: decimal units, three digits."""
+    if count is None:
+        return "-"
+    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.3g} {unit}"
+    return f"{count} B"
+
+
+def command_line() -> str:
+    """What was typed, for records."""
+    return shlex.join(["nmsparse", *sys.argv[1:]])
+
+
+def new_results(**known: Any) -> RunResults:
+    """A `RunResults` with what is known of this process."""
+    from ..results import RunResults, environment
+
+    return RunResults(**{"command": command_line(), "environment": environment()} | known)
+
+
+def _code(error: Exception) -> int:
+    if isinstance(error, (FormatError, BaseModelMismatchError)) or type(error) is NMSparseError:
+        return FAILED
+    return WRONG_USE
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN and no infinity: they become null."""
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextlib.contextmanager
+def _calm_libraries() -> Iterator[None]:
+    """No warnings that only developers can act on."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What lies in a folder, and output folders that never mix two artefacts or end up half written."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from enum import Enum
+from pathlib import Path
+
+from ..errors import ConfigError, FormatError
+from ..files import staged_folder
+from .common import size
+
+RESULTS_FILE = "results.json"
+CHECKPOINTS = "checkpoints"
+
+# Files that say what a folder holds. Left over from an artefact that was replaced, they would make it another one.
+_TELLING = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "adapter_config.json",
+    "config.json",
+    "generation_config.json",
+    RESULTS_FILE,
+)
+
+
+class Kind(str, Enum):
+    """What a folder can hold."""
+
+    MASK = "mask"
+    CHECKPOINT = "training checkpoint"
+    ADAPTER = "adapter of another method"
+    PACKED = "packed model"
+    MODEL = "model"
+    RUN = "unfinished training run"
+    NOTHING = "other files"
+
+
+def kind_of(folder: Path) -> Kind:
+    """What a local folder holds, by its configs alone.
+
+    Raises:
+        FormatError: if a config is not JSON.
+    """
+    adapter = read_json(folder / "adapter_config.json")
+    if adapter is not None:
+        if adapter.get("peft_type") != "NMSPARSE":
+            return Kind.ADAPTER
+        return Kind.MASK if adapter.get("mask_format") == "packed" else Kind.CHECKPOINT
+    model = read_json(folder / "config.json")
+    if model is not None:
+        quantization = model.get("quantization_config")
+        packed = isinstance(quantization, dict) and quantization.get("quant_method") == "nmsparse"
+        return Kind.PACKED if packed else Kind.MODEL
+    return Kind.RUN if checkpoints_in(folder) else Kind.NOTHING
+
+
+def read_json(path: Path) -> dict | None:
+    """A JSON object, or `None` where there is no such file."""
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
+        raise FormatError(f"{path} is not JSON ({error}); fetch or write it again") from error
+    if not isinstance(content, dict):
+        raise FormatError(f"{path} holds a JSON {type(content).__name__}, expected an object; fetch or write it again")
+    return content
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Checkpoints that a training run has left in its output folder, oldest first."""
+    found = (path for path in (folder / CHECKPOINTS).glob("checkpoint-*") if path.is_dir())
+    numbered = [path for path in found if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(numbered, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of the safetensors files of a folder."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def check_output(folder: Path, kind: Kind, overwrite: bool, inputs: Iterable[str] = ()) -> None:
+    """Refuse an output folder that holds something else than an earlier result of this kind.
+
+    Args:
+        folder (`Path`): where to write.
+        kind (`Kind`): what will be written.
+        overwrite (`bool`): accept a folder that holds something else.
+        inputs (`Iterable[str]`): what the verb reads; never to be overwritten.
+
+    Raises:
+        ConfigError: with what the folder holds.
+        NotADirectoryError: if it is a file.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file; name a folder to write into")
+    for name in inputs:
+        if Path(name).exists() and Path(name).resolve() == folder.resolve():
+            raise ConfigError(f"--output {folder} is also an input of this command; name another folder")
+    if overwrite or not holds_files(folder):
+        return
+    there = kind_of(folder)
+    if there != kind:
+        raise ConfigError(f"--output {folder} is not empty ({there.value}); name another folder, or add --overwrite")
+    if not (folder / RESULTS_FILE).is_file():
+        raise ConfigError(
+            f"--output {folder} holds a {there.value} that no command of nmsparse wrote (no {RESULTS_FILE}); name another "
+            "folder, or add --overwrite"
+        )
+
+
+def holds_files(folder: Path) -> bool:
+    """Whether there is any file in a folder or below."""
+    return any(path.is_file() for path in folder.rglob("*"))
+
+
+@contextlib.contextmanager
+def output_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder; its files come to `folder` when the body succeeds, and replace the artefact there.
+
+    Files of `folder` that tell nothing of what it holds (notes, checkpoints) stay. Call `check_output` first.
+    """
+    with staged_folder(folder) as staging:
+        yield staging
+        written = {path.name for path in staging.iterdir()}
+    for pattern in _TELLING:
+        for path in folder.glob(pattern):
+            if path.name not in written:
+                path.unlink()
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Remove the checkpoints of an earlier run."""
+    for path in checkpoints_in(folder):
+        shutil.rmtree(path)
+
+
+def written_line(folder: Path) -> str:
+    """What to tell people about a folder that was written."""
+    return f"wrote {folder} ({kind_of(folder).value}, {size(folder_bytes(folder))})"

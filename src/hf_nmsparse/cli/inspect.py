@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`nmsparse inspect`: what a folder or repo holds."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import ConfigError, FormatError
+from .common import JsonOption, facts_table, size, verb
+from .folders import RESULTS_FILE, Kind, checkpoints_in, folder_bytes, kind_of, read_json
+from .models import locate
+
+PathArgument = Annotated[
+    str, typer.Argument(metavar="PATH", help="Folder or Hub repo of a mask, checkpoint, masked or packed model.")
+]
+
+_NOISE = ("auto_mapping", "peft_version", "target_modules")
+_DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+
+def inspect(path: PathArgument, json_output: JsonOption = False) -> None:
+    """Say what a folder or repo holds: kind, pattern, layers, sizes, base model, bits a weight.
+
+    Example: nmsparse inspect my-mask
+    """
+    with verb(json_output) as answer:
+        folder = locate(path, weights=True)
+        kind = kind_of(folder)
+        describe = {
+            Kind.MASK: _mask,
+            Kind.CHECKPOINT: _checkpoint,
+            Kind.PACKED: _packed,
+            Kind.MODEL: _model,
+            Kind.RUN: _run,
+        }.get(kind)
+        if describe is None:
+            raise ConfigError(f"{path} ({kind.value}): inspect takes masks, training checkpoints and models")
+        answer.facts = {"path": path, "kind": kind.value, **describe(folder)}
+        shown = {
+            name.replace("_", " "): size(value) if name.endswith("bytes") else _short(value)
+            for name, value in answer.facts.items()
+            if value not in (None, [], {}) and name not in ("path", "kind")
+        }
+        answer.show(facts_table(f"{path}: {kind.value}", shown))
+
+
+def _mask(folder: Path) -> dict[str, Any]:
+    from ..hub import mask_summary, read_mask
+
+    mask = read_mask(folder)
+    summary = mask_summary(mask)
+    config = {key: getattr(value, "value", value) for key, value in summary["config"].items() if key not in _NOISE}
+    recorded = (read_json(folder / RESULTS_FILE) or {}).get("mask_bits_per_weight")
+    groups = sum(
+        stored.packed.shape[0] * mask.pattern.max_groups(stored.packed.shape[1]) for stored in mask.layers.values()
+    )
+    return {
+        "pattern": config["pattern"],
+        "base": config.get("base_model_name_or_path"),
+        "base_revision": config.get("revision"),
+        "layers": sorted(mask.layers),
+        "file_bytes": mask.file_bytes,
+        # True widths are the model's to tell. Without them: as many groups as fit into the rows.
+        "bits_per_weight": recorded or 8 * mask.file_bytes / (groups * mask.pattern.m),
+        "bits_bound": mask.pattern.entropy_bits_per_weight,
+        "config": config,
+        "checkpoints": [checkpoint.name for checkpoint in checkpoints_in(folder)],
+    }
+
+
+def _checkpoint(folder: Path) -> dict[str, Any]:
+    config = read_json(folder / "adapter_config.json") or {}
+    state = read_json(folder / "trainer_state.json") or {}
+    tensors = _tensors(folder)
+    logits = {name: info for name, info in tensors.items() if ".nmsparse_logits" in name}
+    return {
+        "pattern": config.get("pattern"),
+        "base": config.get("base_model_name_or_path"),
+        "base_revision": config.get("revision"),
+        "step": state.get("global_step"),
+        "planned_steps": state.get("max_steps"),
+        "layers": sorted(name.removeprefix("base_model.model.").split(".nmsparse_logits")[0] for name in logits),
+        "logits_bytes": sum(_bytes(info) for info in logits.values()),
+        "config": {key: value for key, value in config.items() if value is not None and key not in _NOISE},
+    }
+
+
+def _packed(folder: Path) -> dict[str, Any]:
+    config = read_json(folder / "config.json") or {}
+    tensors = _tensors(folder)
+    layers = sorted(name.removesuffix(".weight_idx") for name in tensors if name.endswith(".weight_idx"))
+    for name in layers:
+        if f"{name}.weight" not in tensors:
+            raise FormatError(f"{folder}: {name}.weight is missing though {name}.weight_idx is there; fetch it again")
+    packed = sum(_bytes(tensors[f"{name}.{leaf}"]) for name in layers for leaf in ("weight", "weight_idx"))
+    # Values are half of the weights.
+    dense = sum(2 * _bytes(tensors[f"{name}.weight"]) for name in layers)
+    weights = sum(2 * math.prod(tensors[f"{name}.weight"][1]) for name in layers)
+    return {
+        "pattern": "2:4",
+        **_recorded(folder),
+        "architecture": (config.get("architectures") or [None])[0],
+        "layers": layers,
+        "dense_layers": config["quantization_config"].get("modules_to_not_convert"),
+        "file_bytes": folder_bytes(folder),
+        "packed_bytes": packed,
+        "dense_bytes": dense,
+        "ratio": packed / dense if dense else None,
+        "bits_per_weight": 8 * packed / weights if weights else None,
+        "config": config["quantization_config"],
+    }
+
+
+def _model(folder: Path) -> dict[str, Any]:
+    from ..hub import verify
+
+    config = read_json(folder / "config.json") or {}
+    recorded = _recorded(folder)
+    report = verify(folder, recorded.get("pattern") or "2:4")
+    sparse = report.ok
+    return {
+        "masked": sparse,
+        **recorded,
+        "pattern": report.pattern if sparse else None,
+        "architecture": (config.get("architectures") or [None])[0],
+        "layers": sorted(report.layers) if sparse else [],
+        "dense_layers": report.dense_layers,
+        "file_bytes": folder_bytes(folder),
+    }
+
+
+def _run(folder: Path) -> dict[str, Any]:
+    checkpoints = checkpoints_in(folder)
+    newest = _checkpoint(checkpoints[-1])
+    return {"checkpoints": [checkpoint.name for checkpoint in checkpoints], **newest}
+
+
+def _recorded(folder: Path) -> dict[str, Any]:
+    """What the results file beside a model says of where it comes from."""
+    results = read_json(folder / RESULTS_FILE) or {}
+    names = {"base": "base_model", "base_revision": "base_revision", "method": "method", "pattern": "pattern"}
+    return {name: results[key] for name, key in names.items() if results.get(key) is not None}
+
+
+def _tensors(folder: Path) -> dict[str, tuple[str, list[int]]]:
+    """Tensor name -> (dtype, shape), from the headers of the safetensors files."""
+    from safetensors import SafetensorError, safe_open
+
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118  (a safe_open handle is no mapping)
+                    part = file.get_slice(name)
+                    found[name] = (part.get_dtype(), part.get_shape())
+        except SafetensorError as error:
+            raise FormatError(f"{path} is damaged or cut short ({error}); fetch it again") from error
+    if not found:
+        raise FormatError(f"{folder} holds no safetensors file; it is incomplete, fetch or write it again")
+    return found
+
+
+def _bytes(info: tuple[str, list[int]]) -> int:
+    dtype, shape = info
+    if dtype not in _DTYPE_BYTES:
+        raise FormatError(f"tensor of dtype {dtype}; expected one of {', '.join(_DTYPE_BYTES)}")
+    return math.prod(shape) * _DTYPE_BYTES[dtype]
+
+
+def _short(value: Any) -> str:
+    """Long lists by number and ends, numbers short."""
+    if isinstance(value, list):
+        return f"{len(value)}: {', '.join(map(str, value[:2]))}{', ...' if len(value) > 2 else ''}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key}={item}" for key, item in value.items())
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

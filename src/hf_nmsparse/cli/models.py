@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loading: models, masks on models, tokenizers and texts, by Hub id or local path."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError, NMSparseError
+from .common import Dtype, command_line, new_results
+from .folders import RESULTS_FILE, Kind, kind_of, read_json
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from ..results import RunResults
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_SEQUENCE_LENGTH = 2048
+
+
+@contextlib.contextmanager
+def fetching(source: str) -> Iterator[None]:
+    """Turn what libraries raise for a model or mask that is absent or unreadable into one clear error.
+
+    Raises:
+        ConfigError: naming the source, the reason and what to do.
+    """
+    looks_like_path = source.startswith((".", "/", "~", "\\")) or source.count("/") > 1 or "\\" in source
+    local = Path(source).exists()
+    if looks_like_path and not local:
+        raise ConfigError(f"{source}: no such folder")
+    if local and not Path(source).is_dir():
+        raise ConfigError(f"{source} is a file; name the folder that holds it")
+    try:
+        yield
+    except NMSparseError:
+        raise
+    except (OSError, ValueError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        if local or not isinstance(error, OSError):
+            raise ConfigError(f"{source}: {' '.join(' '.join(lines).split())}") from error
+        raise ConfigError(
+            f"could not fetch {source} ({lines[0].rstrip('.')}); give a local path or check the network"
+        ) from error
+
+
+def locate(source: str, weights: bool = False) -> Path:
+    """A local folder with the configs of a model or mask, and with its weights if wanted. Repos are fetched.
+
+    Raises:
+        ConfigError: if it is not there and cannot be fetched.
+    """
+    from huggingface_hub import snapshot_download
+
+    with fetching(source):
+        if Path(source).is_dir():
+            return Path(source)
+        return Path(snapshot_download(source, allow_patterns=["*.json"] + (["*.safetensors"] if weights else [])))
+
+
+def empty_model(source: str) -> nn.Module:
+    """The dense model of a config, on the meta device: shapes and dtypes, no weights fetched or allocated."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    _refuse_adapter(source)
+    with fetching(source), torch.device("meta"):
+        config = AutoConfig.from_pretrained(source)
+        return AutoModelForCausalLM.from_config(config)
+
+
+def load_model(source: str, dtype: Dtype = Dtype.AUTO, device: str | None = "cpu") -> nn.Module:
+    """A causal language model, dense or packed, in eval mode. `device=None`: a GPU if there is one."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    quiet_unless_watched()
+    _refuse_adapter(source)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    with fetching(source):
+        return AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype.value, use_safetensors=True, device_map=device
+        ).eval()
+
+
+def _refuse_adapter(source: str) -> None:
+    """Transformers would load the adapter's base with the adapter on it, where a plain model is asked for."""
+    kind = kind_of(locate(source))
+    if kind in (Kind.MASK, Kind.CHECKPOINT, Kind.ADAPTER):
+        raise ConfigError(f"{source} is no model ({kind.value}); name its base model here")
+
+
+def put_mask(
+    model: nn.Module,
+    mask: str,
+    revision: str | None = None,
+    task: str | None = None,
+    allow_base_mismatch: bool = False,
+) -> nn.Module:
+    """The model with a published mask on it."""
+    from ..hub import load_mask
+
+    with fetching(mask):
+        return load_mask(model, mask, revision=revision, task=task, allow_base_mismatch=allow_base_mismatch)
+
+
+def base_of(folder: Path) -> str:
+    """Hub id or path of the base model that a mask or checkpoint names.
+
+    Raises:
+        ConfigError: if it names none.
+    """
+    base = (read_json(folder / "adapter_config.json") or {}).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ConfigError(
+            f"{folder} does not say which base model it is for; give the base model and pass it as --mask"
+        )
+    return base
+
+
+def load_any(source: str, dtype: Dtype, device: str | None) -> tuple[nn.Module, str]:
+    """A model, or the base of a mask or checkpoint with it on, and the name under which the tokenizer is found."""
+    folder = locate(source)
+    kind = kind_of(folder)
+    if kind is Kind.ADAPTER:
+        raise ConfigError(f"{source} is an adapter of another PEFT method; merge it into its base model first")
+    if kind not in (Kind.MASK, Kind.CHECKPOINT):
+        return load_model(source, dtype, device), source
+    base = base_of(folder)
+    model = load_model(base, dtype, device)
+    if kind is Kind.MASK:
+        return put_mask(model, source), base
+    from peft import PeftModel
+
+    with fetching(source):
+        return PeftModel.from_pretrained(model, source).eval(), base
+
+
+def load_tokenizer(source: str) -> Any:
+    """The tokenizer of a model.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    from transformers import AutoTokenizer
+
+    with fetching(source):
+        return AutoTokenizer.from_pretrained(source)
+
+
+def copy_tokenizer(source: str, folder: Path) -> None:
+    """Save the tokenizer of `source` beside a model; where it has none, that is logged."""
+    try:
+        tokenizer = load_tokenizer(source)
+    except ConfigError as error:
+        logger.warning("no tokenizer was written: %s", error)
+        return
+    tokenizer.save_pretrained(folder)
+
+
+def window_length(model: nn.Module, wanted: int | None) -> int:
+    """Tokens a window: what is wanted, else 2048 or the model's context if that is shorter."""
+    context = getattr(model.config, "max_position_embeddings", None) or DEFAULT_SEQUENCE_LENGTH
+    return wanted if wanted is not None else min(DEFAULT_SEQUENCE_LENGTH, context)
+
+
+def stream(source: str, tokenizer: Any, split: str = "train", joined: bool = False) -> torch.Tensor:
+    """The tokens of a text source, int64 `[tokens]`.
+
+    Args:
+        source (`str`): file, folder or dataset, see `hf_nmsparse.data.load_text`.
+        tokenizer: the tokenizer.
+        split (`str`): of a dataset.
+        joined (`bool`): join documents by a blank line and tokenise them as one, as perplexity on WikiText wants.
+    """
+    from ..data import load_text, tokenize
+
+    texts = load_text(source, split)
+    return tokenize("\n\n".join(texts) if joined else texts, tokenizer)
+
+
+def continued_results(source: str) -> RunResults:
+    """What is known of an input by the results file that lies in its local folder, with this command added."""
+    from ..results import RunResults
+
+    path = Path(source) / RESULTS_FILE
+    results = RunResults.read(path) if path.is_file() else new_results(command=None)
+    results.command = "\n".join(filter(None, (results.command, command_line())))
+    return results
+
+
+def revision_of(model: nn.Module) -> str | None:
+    """Commit of the repo that a model was loaded from."""
+    return getattr(model.config, "_commit_hash", None)
+
+
+def quiet_unless_watched() -> None:
+    """No progress bars of the Hugging Face libraries where standard error is no terminal."""
+    if sys.stderr.isatty():
+        return
+    from huggingface_hub.utils import disable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    disable_progress_bars()
+    transformers_logging.disable_progress_bar()

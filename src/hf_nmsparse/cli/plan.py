@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`nmsparse plan`: what learning a mask will take, before anything is downloaded or allocated."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import ConfigError
+from .common import (
+    Answer,
+    DenseLayersOption,
+    JsonOption,
+    ModelArgument,
+    PatternOption,
+    facts_table,
+    listed,
+    size,
+    table,
+    verb,
+)
+from .models import empty_model
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .. import NMSparseConfig
+    from ..training import Plan
+
+RelaxationOption = Annotated[str, typer.Option("--relaxation", help="How logits become a mask.")]
+
+
+def plan(
+    model: ModelArgument,
+    pattern: PatternOption = "2:4",
+    relaxation: RelaxationOption = "candidates",
+    dense_layers: DenseLayersOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Say what a mask would prune, and the bytes of its logits, gradients, optimizer state and results.
+
+    Reads the model's config only: no weights are fetched.
+
+    Example: nmsparse plan HuggingFaceTB/SmolLM2-135M --pattern 2:4
+    """
+    with verb(json_output) as answer:
+        from .. import NMSparseConfig
+
+        config = NMSparseConfig(pattern=pattern, relaxation=relaxation, dense_layers=listed(dense_layers) or None)
+        planned = checked_plan(empty_model(model), config)
+        answer.facts = {"model": model, **planned.to_dict()}
+        show_plan(answer, model, planned)
+
+
+def checked_plan(model: nn.Module, config: NMSparseConfig) -> Plan:
+    """The plan of a config; a name in its `dense_layers` that matches no linear layer is refused as a typing error."""
+    from ..training import plan
+
+    planned = plan(model, config)
+    for entry in config.dense_layers or ():
+        if not any(f".{name}".endswith(f".{entry}") for name in planned.skipped):
+            raise ConfigError(
+                f"--dense-layers: {entry!r} matches no linear layer; give a layer's name or its last parts"
+            )
+    return planned
+
+
+def show_plan(answer: Answer, model: str, planned: Plan) -> None:
+    """Add a plan's tables to an answer."""
+    kinds: dict[tuple, list] = {}
+    for layer in planned.layers:
+        key = (layer.name.rsplit(".", 1)[-1], layer.out_features, layer.in_features, layer.not_packable)
+        kinds.setdefault(key, []).append(layer)
+    rows = (
+        (
+            name,
+            len(layers),
+            f"{rows} x {columns}",
+            size(4 * sum(layer.parameters for layer in layers)),
+            size(sum(layer.mask_bytes for layer in layers)),
+            reason or size(sum(layer.packed_bytes for layer in layers)),
+        )
+        for (name, rows, columns, reason), layers in kinds.items()
+    )
+    answer.show(
+        table(
+            f"{model}: {len(planned.layers)} layers to prune {planned.pattern}",
+            ("layer", "count", "out x in", "logits", "mask", "packed"),
+            rows,
+        )
+    )
+    if planned.skipped:
+        answer.show(
+            table("linear layers left dense", ("layer", "why"), _grouped(planned.skipped)),
+        )
+    answer.show(
+        facts_table(
+            "bytes",
+            {
+                "model as it is": size(planned.model_bytes),
+                "logits, float32": size(planned.logits_bytes),
+                "gradients": size(planned.gradient_bytes),
+                "AdamW state": size(planned.optimizer_bytes),
+                "training, without activations": size(planned.training_bytes),
+                "published mask": f"{size(planned.mask_file_bytes)} ({planned.mask_bits_per_weight:.3f} bit a weight)",
+                "pruned layers, dense -> packed": f"{size(planned.dense_bytes)} -> {size(planned.packed_bytes)}",
+                "model, dense -> packed": f"{size(planned.model_bytes)} -> {size(planned.packed_model_bytes)}",
+            },
+        )
+    )
+
+
+def _grouped(skipped: dict[str, str]) -> list[tuple[str, str]]:
+    """Layers of one name and reason in one row."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, reason in skipped.items():
+        groups.setdefault((name.rsplit(".", 1)[-1], reason), []).append(name)
+    return [
+        (names[0] if len(names) == 1 else f"{last} ({len(names)} layers)", why)
+        for (last, why), names in groups.items()
+    ]

@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`nmsparse train`: learn a mask on a frozen model with the Hugging Face Trainer, and publish it into a folder."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import ConfigError, FormatError
+from .common import (
+    STOPPED,
+    DenseLayersOption,
+    DryRunOption,
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    ModelArgument,
+    OutputOption,
+    OverwriteOption,
+    PatternOption,
+    command_line,
+    listed,
+    tell,
+    verb,
+)
+from .folders import (
+    CHECKPOINTS,
+    Kind,
+    check_output,
+    checkpoints_in,
+    read_json,
+    remove_checkpoints,
+)
+from .models import empty_model
+from .plan import RelaxationOption, checked_plan, show_plan
+from .training_run import TrainingRun
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from .. import NMSparseConfig
+    from ..training import NMSparseTrainer
+
+TRAIN_CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+# Masks want a larger step than weights do (MaskLLM, arXiv 2409.17481, uses 5e-4 to 1e-3); runs want their logs.
+_DEFAULTS = {"learning_rate": 1e-3, "logging_steps": 10, "save_steps": 100, "save_total_limit": 2}
+# Fields that a resumed run must share with its checkpoint; the others may follow a new machine or taste.
+_FIXED_FIELDS = ("pattern", "relaxation", "prior_strength", "temperature", "logit_scale", "seed", "dense_layers")
+
+DataOption = Annotated[
+    str, typer.Option("--data", metavar="TEXT", help="Text file, folder, .jsonl, or dataset as owner/name:config.")
+]
+EvalDataOption = Annotated[
+    str | None, typer.Option("--eval-data", metavar="TEXT", help="Held-out text; of a dataset, the test split.")
+]
+EvalTokensOption = Annotated[int, typer.Option("--eval-tokens", min=2, help="Use only so many tokens of it.")]
+CalibrationOption = Annotated[
+    str | None, typer.Option("--calibration", metavar="TEXT", help="Text for the prior; by default the training text.")
+]
+PriorOption = Annotated[
+    str,
+    typer.Option("--prior", help="Mask to start from: a criterion (polish, wanda, magnitude), or a published mask."),
+]
+StrengthOption = Annotated[
+    float, typer.Option("--prior-strength", help="How firmly to start from it (MaskLLM's alpha).")
+]
+TemperatureOption = Annotated[
+    tuple[float, float], typer.Option("--temperature", metavar="START END", help="Gumbel-softmax temperature.")
+]
+ScaleOption = Annotated[
+    tuple[float, float], typer.Option("--logit-scale", metavar="START END", help="Factor on the logits.")
+]
+LengthOption = Annotated[
+    int | None,
+    typer.Option(
+        "--sequence-length", min=2, help="Tokens a window; by default 2048, or the model's context if shorter."
+    ),
+]
+ResumeOption = Annotated[
+    bool, typer.Option("--resume", help="Continue from the newest checkpoint in DIR/checkpoints.")
+]
+
+
+def train(
+    context: typer.Context,
+    model: ModelArgument,
+    data: DataOption,
+    output: OutputOption,
+    pattern: PatternOption = "2:4",
+    prior: PriorOption = "magnitude",
+    calibration: CalibrationOption = None,
+    relaxation: RelaxationOption = "candidates",
+    prior_strength: StrengthOption = 3.0,
+    temperature: TemperatureOption = (4.0, 0.05),
+    logit_scale: ScaleOption = (100.0, 500.0),
+    dense_layers: DenseLayersOption = None,
+    sequence_length: LengthOption = None,
+    eval_data: EvalDataOption = None,
+    eval_tokens: EvalTokensOption = 65_536,
+    dtype: DtypeOption = Dtype.AUTO,
+    resume: ResumeOption = False,
+    overwrite: OverwriteOption = False,
+    dry_run: DryRunOption = False,
+    json_output: JsonOption = False,
+) -> None:
+    """Learn a mask on a frozen model. DIR gets the mask, its card, results.json and the checkpoints.
+
+    Every field of transformers' TrainingArguments is an option too, written after MODEL: --max_steps 300
+    --learning_rate 1e-3 --per_device_train_batch_size 2 --bf16 true ... Defaults that differ: learning_rate 1e-3,
+    logging_steps 10, save_steps 100, save_total_limit 2. Ctrl-C stops after the current step with a checkpoint.
+
+    Example: nmsparse train HuggingFaceTB/SmolLM2-135M --data train.txt --output my-mask --prior polish --max_steps 300
+    """
+    with verb(json_output) as answer:
+        from .. import NMSparseConfig
+
+        arguments = training_arguments(model, context.args, output)
+        checkpoint = _checkpoint(output, resume, overwrite, arguments, model)
+        config = NMSparseConfig(
+            pattern=pattern,
+            relaxation=relaxation,
+            prior=prior,
+            prior_strength=prior_strength,
+            temperature=temperature,
+            logit_scale=logit_scale,
+            dense_layers=listed(dense_layers) or None,
+            seed=arguments.seed,
+        )
+        if checkpoint is not None:
+            _check_same(config, checkpoint)
+        check_prior(prior)
+        run = TrainingRun(model, data, eval_data, calibration or data, eval_tokens, sequence_length, prior)
+        empty = empty_model(model)
+        planned = checked_plan(empty, config)
+        if dry_run:
+            run.read(empty)
+            answer.facts = {"dry_run": True, "model": model, "data": run.texts, "plan": planned.to_dict()}
+            show_plan(answer, model, planned)
+            answer.show(*(f"{role}: {text}" for role, text in run.texts.items()))
+            return
+        masked = run.masked_model(config, dtype, resuming=checkpoint is not None)
+        if checkpoint is None:
+            remove_checkpoints(output)  # there are some only with --overwrite
+        trainer = run.trainer(masked, arguments)
+        if not _train(trainer, checkpoint):
+            step, again = trainer.state.global_step, _resume_command()
+            answer.facts, answer.code = {"error": "stopped", "step": step, "resume": again}, STOPPED
+            tell(f"stopped after step {step}, with a checkpoint; to go on: {again}")
+            return
+        run.publish(answer, trainer, output)
+
+
+def training_arguments(model: str, given: list[str], output: Path) -> TrainingArguments:
+    """`TrainingArguments` from the options that are not this verb's own.
+
+    Raises:
+        ConfigError: with the parser's message.
+    """
+    import torch
+    from transformers import HfArgumentParser, TrainingArguments
+
+    if model.startswith("-"):
+        raise ConfigError(f"MODEL must come before the options of the Trainer, got {model!r} in its place")
+
+    class Parser(HfArgumentParser):
+        def error(self, message: str) -> None:
+            raise ConfigError(f"{message}; see nmsparse train --help")
+
+    parser = Parser(TrainingArguments, allow_abbrev=False, add_help=False)
+    parser.set_defaults(
+        **_DEFAULTS,
+        output_dir=str(output / CHECKPOINTS),
+        disable_tqdm=not sys.stderr.isatty(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    if any(option.partition("=")[0].replace("-", "_") == "__output_dir" for option in given):
+        raise ConfigError(f"checkpoints go to {output / CHECKPOINTS}; leave --output_dir out")
+    try:
+        (arguments,) = parser.parse_args_into_dataclasses(given, look_for_args_file=False)
+    except (ValueError, ImportError) as error:  # from TrainingArguments: values that do not go together, or here
+        raise ConfigError(" ".join(str(error).split())) from error
+    return arguments
+
+
+def check_prior(prior: str) -> None:
+    """Refuse, before anything is loaded, a prior that is neither a criterion nor can be a mask."""
+    from ..criteria import get_criterion, known_criteria
+
+    if prior not in known_criteria() and "/" not in prior and not Path(prior).exists():
+        get_criterion(prior)  # raises, and names the known ones
+
+
+# --- resuming -------------------------------------------------------------------------------------------------------
+def _checkpoint(output: Path, resume: bool, overwrite: bool, arguments: Any, model: str) -> Path | None:
+    """The checkpoint to go on from, after the output folder was found fit."""
+    there = checkpoints_in(output)
+    if arguments.resume_from_checkpoint:
+        return _complete(Path(arguments.resume_from_checkpoint), there)
+    if resume:
+        if not there:
+            raise ConfigError(
+                f"--resume: there is no checkpoint in {output / CHECKPOINTS}; leave --resume out to start"
+            )
+        return _complete(there[-1], there)
+    if there and not overwrite:
+        raise ConfigError(
+            f"--output {output} holds a training run up to {there[-1].name}; add --resume to go on, or --overwrite to "
+            "start again"
+        )
+    check_output(output, Kind.MASK, overwrite, [model])
+    return None
+
+
+def _complete(checkpoint: Path, all_of_them: list[Path]) -> Path:
+    """Refuse a checkpoint that was not written to its end."""
+    needed = ("adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
+    missing = [name for name in needed if not (checkpoint / name).is_file()]
+    if missing:
+        earlier = [path for path in all_of_them if path != checkpoint]
+        way_out = (
+            f"go on from the one before with --resume_from_checkpoint {earlier[-1]}" if earlier else "start again"
+        )
+        raise FormatError(f"{checkpoint} is incomplete (no {', '.join(missing)}); {way_out}")
+    return checkpoint
+
+
+def _check_same(config: NMSparseConfig, checkpoint: Path) -> None:
+    """Refuse to go on with other settings of the mask than those the run was started with."""
+    stored = read_json(checkpoint / "adapter_config.json") or {}
+    for name in _FIXED_FIELDS:
+        now, then = getattr(config, name), stored.get(name)
+        then = tuple(then) if isinstance(now, tuple) and isinstance(then, list) else then
+        if now != then:
+            raise ConfigError(f"{checkpoint} was trained with {name}={then!r}, now it is {now!r}; repeat the options")
+
+
+def _resume_command() -> str:
+    command = command_line()
+    return command if "--resume" in shlex.split(command) else f"{command} --resume"
+
+
+# --- the run --------------------------------------------------------------------------------------------------------
+def _train(trainer: NMSparseTrainer, checkpoint: Path | None) -> bool:
+    """Train to the end; `False` if Ctrl-C stopped it, after a checkpoint was saved."""
+    from .interrupt import StopAtStep
+
+    with StopAtStep() as stop:
+        trainer.add_callback(stop)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return not stop.wanted

@@ -1,0 +1,401 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: whole lines of work, JSON, exit codes, and nothing half written."""
+
+import json
+import os
+import random
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+import hf_nmsparse as nms
+from hf_nmsparse.cli.folders import Kind, kind_of
+from hf_nmsparse.cli.main import app
+from hf_nmsparse.results import RunResults
+
+SHORT = "--sequence-length 32"
+STEPS = f"{SHORT} --max_steps 3 --per_device_train_batch_size 2 --logging_steps 1 --save_steps 2 --learning_rate 0.05"
+
+
+def run(line: str, code: int = 0):
+    """Run `nmsparse LINE` and hold it to its exit code."""
+    result = CliRunner().invoke(app, shlex.split(line))
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.stderr
+    return result
+
+
+def facts(line: str, code: int = 0) -> dict:
+    """The one JSON object that `nmsparse LINE --json` prints; NaN and infinity are no JSON."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(run(f"{line} --json", code).stdout, parse_constant=refuse)
+
+
+def everything_in(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory) -> Path:
+    """`base`, a tiny Llama with a tokenizer; `train.txt` and `test.txt`."""
+    folder = tmp_path_factory.mktemp("inputs")
+    words = [f"w{index}" for index in range(100)]
+    vocabulary = {"<eos>": 0, "<unk>": 1, **{word: index for index, word in enumerate(words, start=2)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"eos_token": "<eos>", "pad_token": "<eos>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder / "base")
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=128,
+        max_position_embeddings=64,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "base")
+    choose = random.Random(0)
+    (folder / "train.txt").write_text(" ".join(choose.choice(words) for _ in range(1500)))
+    (folder / "test.txt").write_text(" ".join(choose.choice(words) for _ in range(500)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(inputs, tmp_path_factory) -> Path:
+    """What `nmsparse train` leaves."""
+    output = tmp_path_factory.mktemp("trained") / "run"
+    texts = f"--data {inputs}/train.txt --eval-data {inputs}/test.txt"
+    run(f"train {inputs}/base {texts} --output {output} --prior wanda {STEPS}")
+    return output
+
+
+@pytest.fixture
+def there(inputs, tmp_path, monkeypatch) -> Path:
+    """An empty working folder beside links to the inputs."""
+    for path in inputs.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+# --- the whole line -------------------------------------------------------------------------------------------------
+def test_prune_verify_eval(there):
+    pruned = facts(f"prune base --criterion wanda --calibration train.txt --samples 4 {SHORT} --output pruned")
+    assert (pruned["ok"], pruned["kind"], pruned["tokens"], len(pruned["layers"])) == (True, "model", 128, 14)
+    assert all(0 < layer["relative_error"] < 1 for layer in pruned["layers"])
+    report = facts("verify pruned")
+    assert (report["ok"], report["layers"], report["over"], report["under"]) == (True, 14, 0, 0)
+    # Plain transformers reads it, tokenizer included, and the numbers are those of the library.
+    model = AutoModelForCausalLM.from_pretrained("pruned")
+    assert nms.verify(model).ok and (there / "pruned" / "tokenizer.json").is_file()
+    found = facts(f"eval pruned --text test.txt {SHORT} --max-tokens 320")
+    tokens = torch.tensor([[int(word[1:]) + 2 for word in Path("test.txt").read_text().split()[:320]]])
+    expected = nms.perplexity(model, tokens[0], seq_len=32)
+    assert found["perplexity"] == pytest.approx(expected.value, rel=1e-6)
+    assert (found["tokens"], found["windows"]) == (310, 10)
+    assert facts(f"eval pruned --text test.txt {SHORT} --max-tokens 40")["standard_error"] is None  # one window: NaN
+    results = RunResults.read("pruned/results.json")
+    assert (results.method, results.pattern, results.base_model) == ("wanda", "2:4", "base")
+    assert len(results.sparse_layers) == 14 and results.dense_layers == ["lm_head"]
+
+
+def test_prune_packed(there):
+    assert facts("prune base --criterion magnitude --packed --output packed")["kind"] == "packed model"
+    dense = facts("prune base --criterion magnitude --output dense")
+    assert facts("verify packed")["groups"] == 4608
+    values = [facts(f"eval {name} --text test.txt {SHORT}")["perplexity"] for name in ("packed", "dense")]
+    assert values[0] == pytest.approx(values[1], rel=1e-6)
+    shown = facts("inspect packed")
+    assert (shown["ratio"], shown["bits_per_weight"], shown["dense_layers"]) == (0.5625, 9.0, ["lm_head"])
+    assert shown["file_bytes"] < dense["bytes"]
+    assert "nmsparse" in Path("packed/README.md").read_text()
+
+
+def test_trained_mask_is_published_with_its_results(inputs, trained):
+    assert kind_of(trained) is Kind.MASK
+    results = RunResults.read(trained / "results.json")
+    assert (results.steps, results.planned_steps, results.pattern) == (3, 3, "2:4")
+    assert list(results.perplexity) == ["dense", "prior (wanda)", "learned"]
+    assert [entry["step"] for entry in results.history if "loss" in entry] == [1, 2, 3]
+    assert results.history[-2]["nm/flip_rate"] > 0
+    assert set(results.data) == {"training", "evaluation", "calibration"}
+    shown = facts(f"inspect {trained}")
+    assert (shown["kind"], shown["base"], len(shown["layers"])) == ("mask", f"{inputs}/base", 14)
+    assert shown["bits_per_weight"] == pytest.approx(8 * shown["file_bytes"] / 18432)
+    assert shown["checkpoints"] == ["checkpoint-2", "checkpoint-3"]
+    checkpoint = facts(f"inspect {trained}/checkpoints/checkpoint-3")
+    assert (checkpoint["kind"], checkpoint["step"], len(checkpoint["layers"])) == ("training checkpoint", 3, 14)
+    assert checkpoint["logits_bytes"] == 4 * 6 * 18432 // 4
+
+
+def test_merge_compress_eval_verify(there, trained):
+    merged = facts(f"merge base --mask {trained} --output merged")
+    assert (merged["kind"], len(merged["layers"])) == ("model", 14)
+    base, masked = load_file("base/model.safetensors"), load_file("merged/model.safetensors")
+    for name in merged["layers"]:
+        kept = masked[f"{name}.weight"] != 0
+        assert torch.equal(masked[f"{name}.weight"][kept], base[f"{name}.weight"][kept])
+    assert facts("inspect merged")["masked"] is True
+    from_merged = facts("compress merged --output packed")
+    from_mask = facts(f"compress base --mask {trained} --output packed2")
+    assert from_merged["ratio"] == from_mask["ratio"] == 0.5625
+    one, other = (load_file(f"{name}/model.safetensors") for name in ("packed", "packed2"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert facts("verify packed")["ok"]
+    sources = ("packed", "merged", str(trained), f"base --mask {trained}", f"{trained}/checkpoints/checkpoint-3")
+    values = [facts(f"eval {source} --text test.txt {SHORT}")["perplexity"] for source in sources]
+    assert values == pytest.approx([values[0]] * len(values), rel=1e-6)
+    assert RunResults.read("packed2/results.json").method == "candidates (prior wanda)"
+
+
+def test_plan_reads_the_config_only(there):
+    Path("bare").mkdir()
+    shutil.copy("base/config.json", "bare/config.json")
+    plan = facts("plan bare --dense-layers down_proj,o_proj")
+    assert plan["logits_bytes"] == sum(4 * layer["parameters"] for layer in plan["layers"])
+    assert plan["skipped"]["model.layers.0.mlp.down_proj"] == "named in dense_layers"
+    assert len(plan["layers"]) == 10
+    assert "q_proj" in run("plan bare").stdout
+
+
+# --- training: stop, resume, refuse ---------------------------------------------------------------------------------
+def test_ctrl_c_leaves_a_checkpoint_and_resuming_gives_the_same_mask(there, trained, monkeypatch):
+    from hf_nmsparse.training import MaskScheduleCallback
+
+    usual = MaskScheduleCallback.on_step_begin
+
+    def interrupted(self, args, state, control, **kwargs):
+        if state.global_step == 0:
+            signal.raise_signal(signal.SIGINT)
+        return usual(self, args, state, control, **kwargs)
+
+    before = signal.getsignal(signal.SIGINT)
+    line = f"train base --data train.txt --eval-data test.txt --output run --prior wanda {STEPS}"
+    with monkeypatch.context() as patched:
+        patched.setattr(MaskScheduleCallback, "on_step_begin", interrupted)
+        stopped = run(line, 130)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert "stopped after step 1" in stopped.stderr and "--resume" in stopped.stderr
+    assert everything_in(there / "run")[0] == "checkpoints" and kind_of(there / "run") is Kind.RUN
+    assert facts("inspect run")["checkpoints"] == ["checkpoint-1"]
+    assert "--resume" in run(line, 2).stderr
+    assert "temperature" in run(f"{line} --resume --temperature 3 1", 2).stderr
+    run(f"{line} --resume")
+    once, twice = (load_file(folder / "adapter_model.safetensors") for folder in (trained, there / "run"))
+    assert all(torch.equal(once[name], twice[name]) for name in once)
+
+
+def test_a_checkpoint_that_is_not_whole_is_named(there, trained):
+    shutil.copytree(trained, "run")
+    Path("run/checkpoints/checkpoint-3/optimizer.pt").unlink()
+    error = run(f"train base --data train.txt --output run --prior wanda --resume {STEPS}", 1).stderr
+    assert "checkpoint-3 is incomplete (no optimizer.pt)" in error and "checkpoint-2" in error
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--max_stepz 3", "--max_stepz"),
+        ("--max_steps many", "invalid int value"),
+        ("--eval_strategy never", "invalid choice"),
+        ("--load_best_model_at_end true", "save and eval strategy"),
+        ("--output_dir elsewhere", "leave --output_dir out"),
+        ("--prior nothing", "unknown criterion"),
+        ("--resume", "no checkpoint"),
+        ("--dense-layers nothing", "matches no linear layer"),
+        ("--dense-layers self_attn,mlp", "matches no linear layer"),
+        ("--dense-layers q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj", "no layer to prune"),
+        ("--prior-strength -1", "prior_strength"),
+        ("--data nothing.txt", "no such file"),
+    ],
+)
+def test_wrong_training_options(there, options, said):
+    error = run(f"train base --data train.txt --output run {options}", 2).stderr
+    assert said in error and "Traceback" not in error
+    assert not Path("run").exists()
+
+
+# --- exit codes and messages ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("plan ./nothing", "no such folder"),
+        ("plan nobody/nothing", "could not fetch nobody/nothing"),
+        ("verify nobody/nothing", "give a local path or check the network"),
+        ("eval nobody/nothing --text test.txt", "could not fetch"),
+        ("merge base --mask nobody/nothing --output x", "could not fetch nobody/nothing"),
+        ("inspect train.txt", "is a file"),
+        ("inspect .", "inspect takes"),
+        ("plan base --pattern 4:2", "0 < n < m"),
+        ("plan base --relaxation nothing", "relaxation"),
+        ("prune base --criterion nothing --output x", "unknown criterion"),
+        ("prune base --criterion wanda --output x", "--calibration"),
+        ("prune base --criterion wanda --calibration nothing.txt --output x", "no such file"),
+        ("prune base --criterion magnitude --pattern 4:8 --packed --output x", "cannot be packed"),
+        ("prune base --criterion magnitude --dense-layers nothing --output x", "matches no module"),
+        ("prune base --criterion magnitude --output base", "also an input"),
+        ("prune base --criterion magnitude --output train.txt", "is a file"),
+        ("compress base --output x", "2:4 sparse"),
+        ("eval base --text test.txt --sequence-length 4096", "500 tokens"),
+        ("verify base --base base", "--base is for masks"),
+        ("train --max_steps 3 base --data train.txt --output x", "MODEL must come before"),
+        ("prune base", "--output"),
+        ("eval base", "--text"),
+        ("nothing", "No such command"),
+    ],
+)
+def test_wrong_use_is_exit_code_2_and_says_why(there, line, said):
+    result = run(line, 2)
+    assert said in " ".join(result.stderr.split()) and "Traceback" not in result.stderr
+    assert result.stdout == "" and not Path("x").exists()
+
+
+def test_a_mask_is_no_model(there, trained):
+    for line in (
+        f"prune {trained} --criterion magnitude --output x",
+        f"plan {trained}",
+        f"merge {trained} --mask {trained} --output x",
+    ):
+        assert "name its base model" in run(line, 2).stderr
+
+
+def test_failed_checks_are_exit_code_1(there, trained):
+    assert facts("verify base", 1)["dense_layers"]
+    facts("prune base --criterion magnitude --output pruned")
+    weights = load_file("pruned/model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, :4] = 1
+    save_file(weights, "pruned/model.safetensors", metadata={"format": "pt"})
+    broken = facts("verify pruned", 1)
+    assert (broken["ok"], broken["over"], broken["broken_layers"]) == (False, 1, {"model.layers.1.mlp.up_proj": 1})
+
+    shutil.copytree(trained, "damaged")
+    data = bytearray(Path("damaged/adapter_model.safetensors").read_bytes())
+    data[-100] ^= 1
+    Path("damaged/adapter_model.safetensors").write_bytes(data)
+    for line in ("verify damaged", "merge base --mask damaged --output x", "inspect damaged"):
+        assert facts(line, 1)["kind"] == "FormatError"
+
+    shutil.copytree("base", "other")
+    weights = load_file("other/model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"] += 1
+    save_file(weights, "other/model.safetensors", metadata={"format": "pt"})
+    assert facts(f"verify {trained} --base base")["ok"]
+    for line in (f"verify {trained} --base other", f"merge other --mask {trained} --output x"):
+        assert facts(line, 1)["kind"] == "BaseModelMismatchError"
+    assert not Path("x").exists()
+    facts(f"merge other --mask {trained} --output x --allow-base-mismatch")
+
+
+def test_debug_variable_shows_the_traceback(there, monkeypatch):
+    monkeypatch.setenv("NMSPARSE_DEBUG", "1")
+    assert "Traceback" in run("plan ./nothing", 2).stderr
+
+
+# --- output folders -------------------------------------------------------------------------------------------------
+def test_dry_runs_write_nothing(there, trained):
+    before = everything_in(there)
+    for line in (
+        "prune base --criterion magnitude --output x",
+        f"merge base --mask {trained} --output x",
+        f"compress base --mask {trained} --output x",
+        f"train base --data train.txt --output x {STEPS}",
+    ):
+        assert facts(f"{line} --dry-run")["dry_run"] is True
+    assert everything_in(there) == before
+
+
+def test_outputs_of_another_kind_are_not_overwritten_unasked(there, trained):
+    prune = "prune base --criterion magnitude --output out"
+    shutil.copytree(trained, "out")
+    before = everything_in(there / "out")
+    assert "(mask)" in run(prune, 2).stderr and everything_in(there / "out") == before
+    run(f"{prune} --overwrite")
+    # Nothing that made the folder a mask may be left.
+    assert kind_of(there / "out") is Kind.MODEL and not Path("out/adapter_model.safetensors").exists()
+    assert facts("verify out")["ok"]
+    run(prune)  # the same kind, written by the same command
+    Path("out/results.json").unlink()
+    assert "no command of nmsparse wrote" in run(prune, 2).stderr
+    Path("notes").mkdir()
+    Path("notes/note.txt").write_text("mine")
+    assert "not empty" in run("prune base --criterion magnitude --output notes", 2).stderr
+    run("prune base --criterion magnitude --output notes --overwrite")
+    assert Path("notes/note.txt").read_text() == "mine"
+
+
+def test_an_interrupted_write_leaves_nothing(there, monkeypatch):
+    before = everything_in(there)
+
+    def disk_full(self, path):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(RunResults, "write", disk_full)
+    assert "No space left" in run("prune base --criterion magnitude --output x", 2).stderr
+    assert everything_in(there) == before
+
+    def stop(self, path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunResults, "write", stop)
+    assert "stopped" in run("prune base --criterion magnitude --output x", 130).stderr
+    assert everything_in(there) == before
+
+
+# --- the command itself ---------------------------------------------------------------------------------------------
+def test_every_verb_has_help_with_an_example():
+    for verb in ("plan", "prune", "train", "merge", "compress", "eval", "inspect", "verify"):
+        text = " ".join(run(f"{verb} --help").stdout.split())
+        assert f"Example: nmsparse {verb} " in text and "--json" in text, verb
+        assert verb in run("--help").stdout
+
+
+def test_importing_the_command_line_imports_nothing_heavy():
+    """The package's own `__init__` aside: a stand-in for it shows what the verbs import by themselves."""
+    code = (
+        "import sys, types, pathlib\n"
+        "package = types.ModuleType('hf_nmsparse'); package.__path__ = [sys.argv[1]]; package.__version__ = '0'\n"
+        "sys.modules['hf_nmsparse'] = package\n"
+        "import hf_nmsparse.cli\n"
+        "heavy = {'torch', 'transformers', 'peft', 'numpy', 'huggingface_hub'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(Path(nms.__file__).parent)], check=True, timeout=60)
+
+
+@pytest.mark.slow
+def test_in_a_process_of_its_own(there):
+    environment = {**os.environ, "COLUMNS": "200"}
+    script = Path(sys.executable).with_name("nmsparse")
+    for command, said in (
+        ([sys.executable, "-m", "hf_nmsparse.cli", "--help"], "Exit codes"),
+        ([str(script), "--version"], nms.__version__),
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True, timeout=120)
+        assert said in done.stdout
+    done = subprocess.run(
+        [str(script), "prune", "base", "--criterion", "magnitude", "--output", "x", "--json"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=True,
+        timeout=120,
+    )
+    assert json.loads(done.stdout)["ok"] and done.stderr == ""
