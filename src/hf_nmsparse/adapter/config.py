@@ -32,7 +32,8 @@ class NMSparseConfig(PeftConfig):
         magnitude_regularization (`float`): lambda of the term that rewards keeping large weights; decays to 0.
         resample (`str`): `"micro"`, a fresh mask each micro-step, or `"step"`, one mask per optimizer step.
         seed (`int`): seed of the mask noise.
-        dense_layers (`list[str]`, *optional*): layers to leave unpruned, matched like `target_modules`.
+        dense_layers (`list[str]`, *optional*): layers to leave unpruned: a full module name or any run of its parts
+            ("down_proj", "mlp.up_proj", "layers.0").
         target_modules (`list[str]` or `str`, *optional*): as in PEFT; `None`: all linear layers but the output head.
         exclude_modules, modules_to_save, layers_to_transform, layers_pattern, trainable_token_indices: as in PEFT.
         init_weights (`bool`): `False` gives random logits, for tests.

@@ -10,6 +10,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from torch import nn
 
+from ..criteria import name_matches
 from ..errors import ConfigError, FormatError, UnsupportedError
 from ..relaxations import Moment
 from .config import NMSparseConfig
@@ -41,6 +42,14 @@ class NMSparseModel(BaseTuner):
                 "it with is_trainable=False, or start new logits from it: get_peft_model(model, NMSparseConfig(prior=None)) "
                 "and nms.set_prior(model, <the mask's folder or repo>)"
             )
+        names = [name for name, _ in model.named_modules()]
+        for entry in config.dense_layers or ():
+            if not any(name_matches(name, entry) for name in names):
+                raise ConfigError(f"dense_layers: {entry!r} matches no module of {type(model).__name__}")
+        self._weight_owners: dict[int, list[str]] = {}
+        for name, module in model.named_modules():
+            if (weight := module._parameters.get("weight")) is not None:
+                self._weight_owners.setdefault(id(weight), []).append(name)
 
     def _post_injection_hook(self, model: nn.Module, config: NMSparseConfig, adapter_name: str) -> None:
         if hasattr(model, "add_model_tags"):
@@ -48,7 +57,7 @@ class NMSparseModel(BaseTuner):
 
     @staticmethod
     def _check_target_module_exists(peft_config: NMSparseConfig, key: str):
-        if _matches(key, peft_config.dense_layers or ()):
+        if any(name_matches(key, entry) for entry in peft_config.dense_layers or ()):
             return False
         found = check_target_module_exists(peft_config, key)
         # PEFT ignores layers_to_transform for names that match exactly, which is what "all-linear" resolves to on models
@@ -81,22 +90,15 @@ class NMSparseModel(BaseTuner):
                 f"{current_key} is a {type(target).__module__}.{type(target).__name__}; masks go on torch.nn.Linear. "
                 "Leave it out with exclude_modules, or decompress the model first if it is packed"
             )
-        if shared := self._other_owner(target, current_key):
+        if shared := [name for name in self._weight_owners.get(id(target.weight), ()) if name != current_key]:
             raise UnsupportedError(
-                f"{current_key} shares its weight with {shared}; a mask on it would prune both. Leave it out with "
+                f"{current_key} shares its weight with {shared[0]}; a mask on it would prune both. Leave it out with "
                 "exclude_modules, or untie the two"
             )
         new_module = NMSparseLinear(target, current_key, adapter_name, peft_config)
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
-
-    def _other_owner(self, target: nn.Linear, name: str) -> str | None:
-        """Name of another module whose parameter is this weight, if there is one."""
-        for other, module in self.model.named_modules():
-            if other != name and module is not target and module._parameters.get("weight") is target.weight:
-                return other
-        return None
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -155,10 +157,6 @@ def set_mask_step(model: nn.Module, step: int, max_steps: int, draw: int = 0, ac
                 layer.set_moment(
                     name, Moment(step, max_steps, draw if config.resample == "micro" else 0, accumulation)
                 )
-
-
-def _matches(key: str, names: list[str] | tuple[str, ...]) -> bool:
-    return any(key == name or key.endswith(f".{name}") for name in names)
 
 
 def _as_list(value: int | list[int]) -> list[int]:

@@ -10,6 +10,7 @@ import typer
 
 from .. import __version__
 from .compress import compress
+from .demo import demo
 from .eval import evaluate
 from .inspect import inspect
 from .merge import merge
@@ -50,7 +51,8 @@ def _add(name: str, verb: Callable[..., None], **settings: object) -> None:
     app.command(name, no_args_is_help=True, **settings)(verb)
 
 
-# In the order in which one uses them; the demo, which goes through all, is to come first.
+# In the order in which one uses them; the demo goes through all of it.
+app.command("demo")(demo)
 _add("plan", plan)
 _add("prune", prune)
 _add("train", train, context_settings=TRAIN_CONTEXT)

@@ -2,7 +2,7 @@
 """One-shot criteria, and the engine that walks a model block by block with one of them."""
 
 from .base import Criterion, InputStatistics, get_criterion, known_criteria, register_criterion
-from .blocks import find_blocks, find_linears
+from .blocks import find_blocks, find_linears, name_matches
 from .engine import LayerReport, PruneReport, Target, prune, walk
 from .magnitude import Magnitude
 from .polish import Polish, polish_mask
@@ -21,6 +21,7 @@ __all__ = [
     "find_linears",
     "get_criterion",
     "known_criteria",
+    "name_matches",
     "polish_mask",
     "prune",
     "register_criterion",

@@ -58,11 +58,13 @@ def find_linears(model: nn.Module, dense_layers: Iterable[str] = ()) -> dict[str
     dense_layers = [dense_layers] if isinstance(dense_layers, str) else list(dense_layers)
     names = [name for name, _ in model.named_modules()]
     for entry in dense_layers:
-        if not any(_matches(name, entry) for name in names):
+        if not any(name_matches(name, entry) for name in names):
             raise ConfigError(f"dense_layers: {entry!r} matches no module of {type(model).__name__}")
     prefix, blocks = find_blocks(model)
     inside = [(f"{prefix}.{name}" if prefix else name, module) for name, module in blocks.named_modules()]
-    inside = [(name, module) for name, module in inside if not any(_matches(name, entry) for entry in dense_layers)]
+    inside = [
+        (name, module) for name, module in inside if not any(name_matches(name, entry) for entry in dense_layers)
+    ]
     # Layers of every kind, quantised and wrapped ones too, carry in_features and out_features by convention.
     foreign = [
         name
@@ -82,7 +84,8 @@ def find_linears(model: nn.Module, dense_layers: Iterable[str] = ()) -> dict[str
     return found
 
 
-def _matches(name: str, entry: str) -> bool:
+def name_matches(name: str, entry: str) -> bool:
+    """Whether `entry` is the module name `name` or any run of its parts: "down_proj", "mlp.up_proj", "layers.0"."""
     return f".{entry}." in f".{name}."
 
 
