@@ -18,7 +18,7 @@ RULES: dict[str, set[str]] = {
     "fingerprint": {"errors"},
     "data": {"errors"},
     "files": {"errors"},
-    "results": {"errors", "files"},
+    "results": {"errors", "files", "pattern"},
     "codec": {"errors", "pattern"},
     "ops": {"errors", "pattern", "codec"},
     "criteria": FOUNDATION | {"ops"},

@@ -226,4 +226,4 @@ def test_the_trained_model_is_trained_and_pruning_it_costs():
                 layer.weight.mul_(top_n_mask(layer.weight.abs(), NMPattern("2:4")))
     pruned = perplexity(tiny, test, seq_len=256)
     assert dense.value < 70
-    assert pruned.loss - dense.loss > 0.08
+    assert pruned.loss - dense.loss > 0.2

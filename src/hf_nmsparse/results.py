@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import sys
@@ -15,10 +16,12 @@ from typing import Any
 
 import torch
 
-from .errors import FormatError
+from .errors import FormatError, PatternError
 from .files import write_file
+from .pattern import NMPattern
 
 SCHEMA_VERSION = 1
+MISSING = "not measured"
 
 
 @dataclass
@@ -82,6 +85,16 @@ class RunResults:
     environment: dict[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
+    @property
+    def parsed_pattern(self) -> NMPattern | None:
+        """The pattern as an `NMPattern`, or `None` when the results name none that can be read."""
+        if self.pattern is None:
+            return None
+        try:
+            return NMPattern(self.pattern)
+        except PatternError:
+            return None
+
     def write(self, path: str | os.PathLike) -> Path:
         """Write as JSON, whole or not at all."""
         return write_file(path, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
@@ -105,6 +118,11 @@ class RunResults:
             )
         known = {f.name for f in dataclasses.fields(cls)}
         return cls(**{key: value for key, value in content.items() if key in known})
+
+
+def is_finite(value: Any) -> bool:
+    """Whether `value` is a number that can be plotted and compared."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def environment() -> dict[str, str]:

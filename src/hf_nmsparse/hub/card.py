@@ -10,7 +10,6 @@ from __future__ import annotations
 import html
 import importlib.resources
 import json
-import math
 import os
 import re
 from collections import Counter
@@ -22,12 +21,11 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..errors import ConfigError, PatternError
+from ..errors import ConfigError
 from ..files import write_file
 from ..pattern import NMPattern
-from ..results import RunResults
+from ..results import MISSING, RunResults, is_finite
 
-MISSING = "not measured"
 Kind = Literal["mask", "packed"]
 
 _INSTALL = "pip install hf-nmsparse"
@@ -85,7 +83,7 @@ def _metadata(
     results: RunResults, kind: Kind, license: str | None, language: str | Sequence[str] | None, repo_id: str | None
 ) -> ModelCardData:
     base = results.base_model if _is_hub_id(results.base_model) else None
-    pattern = _pattern(results)
+    pattern = results.parsed_pattern
     tags = ["nmsparse", "mask" if kind == "mask" else None, str(pattern) if pattern else None]
     evaluation = _evaluation(results, kind)
     languages = [language] if isinstance(language, str) else [*(language or ())]
@@ -105,7 +103,7 @@ def _metadata(
 
 def _evaluation(results: RunResults, kind: Kind) -> EvalResult | None:
     """The perplexity of what the repository holds; `None` when the results do not say which row that is."""
-    rows = {name: value for name, value in results.perplexity.items() if _is_finite(value)}
+    rows = {name: value for name, value in results.perplexity.items() if is_finite(value)}
     masks = [name for name in rows if name.strip().lower() != "dense"]
     wanted = [*(["packed"] if kind == "packed" else []), "learned", results.method]
     row = next((name for name in wanted if name in masks), masks[0] if len(masks) == 1 else None)
@@ -136,13 +134,13 @@ def _model_name(results: RunResults, kind: Kind, repo_id: str | None) -> str:
     if repo_id:
         return _line(repo_id).rsplit("/", 1)[-1]
     base = re.split(r"[/\\]", _line(results.base_model or "model").rstrip("/\\"))[-1]
-    pattern = _pattern(results)
+    pattern = results.parsed_pattern
     return f"{base}-{pattern}-{kind}" if pattern else f"{base}-{kind}"
 
 
 # --- body -----------------------------------------------------------------------------------------------------------
 def _body(results: RunResults, kind: Kind, repo_id: str | None) -> dict[str, Any]:
-    pattern = _pattern(results)
+    pattern = results.parsed_pattern
     kept = f"{pattern}, {pattern.n} kept of {pattern.m}" if pattern else _prose(results.pattern)
     base = _prose(results.base_model)
     what = {"mask": "Mask for", "packed": "Packed sparse model made from"}[kind]
@@ -249,19 +247,6 @@ def _limits(results: RunResults, kind: Kind) -> list[str]:
 
 
 # --- words ----------------------------------------------------------------------------------------------------------
-def _pattern(results: RunResults) -> NMPattern | None:
-    if results.pattern is None:
-        return None
-    try:
-        return NMPattern(results.pattern)
-    except PatternError:
-        return None
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _number(value: Any) -> str:
     if value is None:
         return MISSING
@@ -269,17 +254,17 @@ def _number(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, int):
         return f"{value:,}"
-    if _is_finite(value):
+    if is_finite(value):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     return _prose(value)
 
 
 def _ratio(value: Any, dense: Any) -> str:
-    return f"{value / dense:.2f}" if _is_finite(value) and _is_finite(dense) and dense else MISSING
+    return f"{value / dense:.2f}" if is_finite(value) and is_finite(dense) and dense else MISSING
 
 
 def _size(value: Any) -> str:
-    return f"{value / 1e6:,.2f} MB" if _is_finite(value) else _number(value)
+    return f"{value / 1e6:,.2f} MB" if is_finite(value) else _number(value)
 
 
 def _steps(results: RunResults) -> str:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import UnsupportedError
-from .facts import is_finite, line
+from ..results import is_finite
+from .facts import line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

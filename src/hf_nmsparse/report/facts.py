@@ -7,11 +7,9 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..errors import PatternError
 from ..pattern import NMPattern
-from ..results import RunResults
+from ..results import MISSING, RunResults, is_finite
 
-MISSING = "not measured"
 Role = Literal["dense", "one-shot", "learned"]
 
 # Rows that measure the finished model again rather than another way to choose the mask.
@@ -40,11 +38,6 @@ class Gap:
     def closed(self) -> float:
         """(one-shot - learned) / (one-shot - dense): 1 reaches the dense model, below 0 is worse than one-shot."""
         return (self.one_shot.value - self.learned.value) / (self.one_shot.value - self.dense)
-
-
-def is_finite(value: Any) -> bool:
-    """Whether `value` is a number that can be plotted and compared."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def perplexity_rows(results: RunResults) -> list[Row]:
@@ -80,16 +73,6 @@ def gap(rows: list[Row]) -> Gap | None:
         return None
     best = min(others, key=lambda row: row.value)
     return Gap(dense.value, best, learned) if best.value > dense.value else None
-
-
-def parsed_pattern(results: RunResults) -> NMPattern | None:
-    """The pattern as an `NMPattern`, or `None` when the results name none that can be read."""
-    if results.pattern is None:
-        return None
-    try:
-        return NMPattern(results.pattern)
-    except PatternError:
-        return None
 
 
 def packed_bound(pattern: NMPattern) -> float:

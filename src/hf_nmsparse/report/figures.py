@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..results import RunResults
+from ..results import RunResults, is_finite
 from .canvas import ABOVE, DARK, LIGHT, Paint, Theme, bars, curves, legend, png, style
-from .facts import best_mask, duration, is_finite, line, number, perplexity_rows, size, times
+from .facts import best_mask, duration, line, number, perplexity_rows, size, times
 from .layers import criteria_curves, error_field, type_curves
 
 if TYPE_CHECKING:

@@ -9,18 +9,15 @@ from collections.abc import Sequence
 
 import jinja2
 
-from ..results import RunResults
+from ..results import MISSING, RunResults, is_finite
 from .facts import (
-    MISSING,
     Gap,
     Row,
     best_mask,
     duration,
     gap,
-    is_finite,
     number,
     packed_bound,
-    parsed_pattern,
     perplexity_rows,
     size,
     times,
@@ -67,7 +64,7 @@ def render(results: RunResults, plots: Sequence[Plot]) -> str:
 def _summary(results: RunResults, rows: Sequence[Row], gap_closed: Gap | None) -> list[str]:
     """Sentences about what the results hold; nothing is said about what they do not."""
     sentences = []
-    pattern = parsed_pattern(results)
+    pattern = results.parsed_pattern
     subject = f"{results.base_model} was pruned" if results.base_model else "A model was pruned"
     kept = f" to {pattern} ({pattern.n} of every {pattern.m} consecutive weights kept)" if pattern else ""
     method = f" with {results.method}" if results.method else ""
@@ -147,7 +144,7 @@ def _gap_formula(found: Gap) -> str:
 
 def _bounds(results: RunResults) -> list[tuple[str, str, str]]:
     """(what, this run, least possible)."""
-    pattern = parsed_pattern(results)
+    pattern = results.parsed_pattern
     least = _percent(packed_bound(pattern)) if pattern else MISSING
     return [
         ("Mask, bits per pruned weight", number(results.mask_bits_per_weight), number(results.mask_bits_bound)),

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from .facts import is_finite
+from ..results import is_finite
 
 Points = list[tuple[int, float]]  # (block, mean value), blocks ascending
 
