@@ -119,7 +119,7 @@ CASES = [
 @pytest.mark.parametrize(("pattern", "shape"), CASES)
 def test_forward_and_backward_match_autograd_in_float64(pattern, shape, monkeypatch):
     pattern = NMPattern(pattern)
-    monkeypatch.setattr(mask_sampling_module, "_CPU_SLICE_GROUPS", 2 * pattern.num_groups(shape[1]))  # several slices
+    monkeypatch.setattr(mask_sampling_module, "_CPU_GROUPS", 2 * pattern.num_groups(shape[1]))  # several slices
     weight = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     groups = pattern.num_groups(shape[1])
     logits = (0.05 * torch.randn(shape[0], pattern.num_candidates, groups, dtype=torch.float64)).requires_grad_()
@@ -200,6 +200,24 @@ def test_infinite_base_weights_stay_finite_where_pruned():
     logits = torch.zeros(1, 6, 1)
     hard = ops.masked_weight(weight, logits, NMPattern("2:4"), KEY, SamplingState.of(1.0, 1.0), hard=True)
     assert hard.tolist() == [[float("inf"), float("inf"), 0.0, 0.0]]
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_autocast_and_slicing_do_not_change_the_numbers(hard, monkeypatch):
+    weight, outgoing = torch.randn(64, 48), torch.randn(64, 48)
+    logits = 0.05 * torch.randn(64, 6, 12)
+    state = SamplingState.of(1.0, 100.0, 1e-3, step=1)
+    results = []
+    for groups, autocast in ((1 << 16, False), (64, False), (64, True)):
+        monkeypatch.setattr(mask_sampling_module, "_CPU_GROUPS", groups)
+        theta = logits.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            masked = ops.masked_weight(weight, theta, NMPattern("2:4"), KEY, state, hard)
+            masked.backward(outgoing)
+        results.append((masked.detach(), theta.grad))
+    for masked, grad in results[1:]:
+        torch.testing.assert_close(masked, results[0][0])
+        torch.testing.assert_close(grad, results[0][1])
 
 
 def test_nothing_of_candidate_size_is_saved_for_backward():

@@ -28,13 +28,13 @@ def demo(
     steps: Annotated[int, typer.Option("--steps", min=1, help="Optimizer steps to plan for.")] = 60,
     minutes: Annotated[
         float, typer.Option("--minutes", min=0.0, help="Time for learning; a slow machine takes fewer steps.")
-    ] = 7.0,
+    ] = 6.5,
     calibration_samples: Annotated[
         int, typer.Option("--calibration-samples", min=1, help="Windows of 512 tokens for Wanda and polish.")
     ] = 64,
     eval_tokens: Annotated[
         int, typer.Option("--eval-tokens", min=64, help="Held-out tokens to score each row on.")
-    ] = 16384,
+    ] = 8192,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of data order and mask noise.")] = 0,
     json_output: JsonOption = False,
 ) -> None:

@@ -45,7 +45,8 @@ CRITERIA = ("magnitude", "wanda", "polish")
 PROMPT = "The history of the city begins in"
 # A short recipe: few confident flips from a strong prior. See docs/METHODS.md, "candidates".
 RECIPE = {"temperature": (1.0, 0.2), "logit_scale": (100.0, 300.0), "prior_strength": 3.0}
-LEARNING_RATE = 1.5e-3
+# learning rate x steps: Adam moves a logit by at most about this much, a little over twice the prior's gap of 0.03.
+TRAVEL = 0.07
 BATCH, TRAIN_LENGTH = 2, 512
 FEWEST_STEPS = 20
 
@@ -84,9 +85,9 @@ class DemoSettings:
     model: str | None = None
     text: str | None = None
     steps: int = 60
-    minutes: float = 7.0
+    minutes: float = 6.5
     calibration_samples: int = 64
-    eval_tokens: int = 16384
+    eval_tokens: int = 8192
     seed: int = 0
 
 
@@ -260,11 +261,11 @@ def _learn(demo: Demo) -> None:
         output_dir=str(settings.output / "trainer"),
         max_steps=steps,
         per_device_train_batch_size=BATCH,
-        learning_rate=LEARNING_RATE,
+        learning_rate=TRAVEL / steps,
         adam_beta2=0.99,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": 0.1},
-        logging_steps=max(1, steps // 6),
+        logging_steps=max(1, steps // 5),
         save_strategy="no",
         report_to="none",
         seed=settings.seed,

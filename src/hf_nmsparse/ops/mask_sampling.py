@@ -24,9 +24,10 @@ import torch.nn.functional as F
 from ..pattern import NMPattern
 from .philox import NoiseKey, gumbel_noise
 
-# Groups per slice on the CPU: about 0.5 MB a temporary, measured fastest on 2 MB of L2 a core.
-_CPU_SLICE_GROUPS = 65536
-_GPU_SLICE_GROUPS = 1 << 24
+# Groups per slice. On the CPU about 0.5 MB a temporary, measured fastest of 8k to 256k with 2 MB of L2 a core; one slice a
+# thread instead of one slice on all of them was slower, because the operations are then too short for their dispatch.
+_CPU_GROUPS = 1 << 16
+_GPU_GROUPS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -121,44 +122,63 @@ def soft_mask(
     logits: torch.Tensor, pattern: NMPattern, in_features: int, key: NoiseKey, state: SamplingState, noise: bool = True
 ) -> torch.Tensor:
     """The relaxed mask alone, `[out, in]` float32 (float64 for float64 logits); for metrics and tests."""
-    parts = [
-        (probabilities.transpose(1, 2) @ pattern.candidates(logits.device, probabilities.dtype)).flatten(1)
-        for _, probabilities in _sliced_probabilities(logits, pattern, in_features, key, state.tensors(), noise)
-    ]
-    return torch.cat(parts)[:, :in_features]
+    sampler = _Sampler(logits, pattern, in_features, key, state.tensors(), noise)
+    parts = [sampler.mask(sampler.probabilities(rows)) for rows in sampler.slices]
+    return torch.cat(parts)
 
 
 def candidate_probabilities(
     logits: torch.Tensor, pattern: NMPattern, in_features: int, key: NoiseKey, state: SamplingState, noise: bool = True
-) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Softmax over candidates, `(rows, [rows, C, groups])` slice by slice, so that no full copy need exist."""
-    return _sliced_probabilities(logits, pattern, in_features, key, state.tensors(), noise)
+) -> Iterator[torch.Tensor]:
+    """Softmax over candidates, `[rows, C, groups]` slice by slice, so that no full copy need exist."""
+    sampler = _Sampler(logits, pattern, in_features, key, state.tensors(), noise)
+    return (sampler.probabilities(rows) for rows in sampler.slices)
 
 
-def _sliced_probabilities(
-    logits: torch.Tensor,
-    pattern: NMPattern,
-    in_features: int,
-    key: NoiseKey,
-    scalars: tuple[torch.Tensor, ...],
-    noise: bool,
-) -> Iterator[tuple[slice, torch.Tensor]]:
-    temperature, logit_scale, _, step, draw = scalars
-    out_features, num_candidates, groups = logits.shape
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    slope, inverse_temperature = logit_scale.to(dtype) / temperature.to(dtype), temperature.to(dtype).reciprocal()
-    allowed = pattern.tail_candidates(in_features).to(logits.device)
-    restrict_tail = pattern.tail(in_features) > 0
-    rows = max(1, (_CPU_SLICE_GROUPS if logits.device.type == "cpu" else _GPU_SLICE_GROUPS) // groups)
-    for start in range(0, out_features, rows):
-        stop = min(start + rows, out_features)
-        scores = logits[start:stop].to(dtype) * slope
-        if noise:
-            index = torch.arange(start * groups, stop * groups, device=logits.device).view(-1, groups)
-            scores += gumbel_noise(index, num_candidates, key, step, draw, dtype).mul_(inverse_temperature)
-        if restrict_tail:
-            scores[:, :, -1].masked_fill_(~allowed, float("-inf"))
-        yield slice(start, stop), scores.softmax(1)
+def _row_slices(logits: torch.Tensor) -> list[slice]:
+    """Slices of the rows of logits `[out, C, groups]`."""
+    rows, _, groups = logits.shape
+    step = max(1, (_CPU_GROUPS if logits.device.type == "cpu" else _GPU_GROUPS) // groups)
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+class _Sampler:
+    """Probabilities and masks of a layer, for any slice of its rows."""
+
+    def __init__(
+        self,
+        logits: torch.Tensor,
+        pattern: NMPattern,
+        in_features: int,
+        key: NoiseKey,
+        scalars: tuple[torch.Tensor, ...],
+        noise: bool,
+    ) -> None:
+        temperature, logit_scale, _, self.step, self.draw = scalars
+        self.dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        self.logits, self.key, self.noise, self.in_features = logits, key, noise, in_features
+        self.slope = logit_scale.to(self.dtype) / temperature.to(self.dtype)
+        self.inverse_temperature = temperature.to(self.dtype).reciprocal()
+        self.candidates = pattern.candidates(logits.device, self.dtype)
+        allowed = pattern.tail_candidates(in_features).to(logits.device)
+        self.barred_in_tail = ~allowed if pattern.tail(in_features) else None
+        self.slices = _row_slices(logits)
+
+    def probabilities(self, rows: slice) -> torch.Tensor:
+        """`[rows, C, groups]`."""
+        _, num_candidates, groups = self.logits.shape
+        scores = self.logits[rows].to(self.dtype) * self.slope
+        if self.noise:
+            index = torch.arange(rows.start * groups, rows.stop * groups, device=scores.device).view(-1, groups)
+            noise = gumbel_noise(index, num_candidates, self.key, self.step, self.draw, self.dtype)
+            scores += noise.mul_(self.inverse_temperature)
+        if self.barred_in_tail is not None:
+            scores[:, :, -1].masked_fill_(self.barred_in_tail, float("-inf"))
+        return scores.softmax(1)
+
+    def mask(self, probabilities: torch.Tensor) -> torch.Tensor:
+        """`[rows, C, groups]` -> `[rows, in]`."""
+        return (probabilities.transpose(1, 2) @ self.candidates).flatten(1)[:, : self.in_features]
 
 
 class _MaskedWeight(torch.autograd.Function):
@@ -167,48 +187,53 @@ class _MaskedWeight(torch.autograd.Function):
         ctx.save_for_backward(weight, logits, temperature, logit_scale, regularization, step, draw)
         ctx.pattern, ctx.key, ctx.hard = pattern, key, hard
         in_features = weight.shape[1]
-        candidates = pattern.candidates(weight.device)
-        if hard:
-            codes = hard_codes(logits, pattern, in_features)
-            mask = candidates[codes].flatten(1)[:, :in_features]
-            return torch.where(mask, weight, weight.new_zeros(()))
         result = torch.empty_like(weight)
-        scalars = (temperature, logit_scale, regularization, step, draw)
-        for rows, y in _sliced_probabilities(logits, pattern, in_features, key, scalars, noise=True):
-            mask = (y.transpose(1, 2) @ candidates.to(y.dtype)).flatten(1)[:, :in_features]
-            torch.mul(weight[rows], mask, out=result[rows])
+        with torch.autocast(weight.device.type, enabled=False):  # it would multiply the masks in low precision
+            if hard:
+                for rows in _row_slices(logits):
+                    mask = _hard_mask(logits[rows], pattern, in_features)
+                    torch.where(mask, weight[rows], weight.new_zeros(()), out=result[rows])
+                return result
+            scalars = (temperature, logit_scale, regularization, step, draw)
+            sampler = _Sampler(logits, pattern, in_features, key, scalars, noise=True)
+            for rows in sampler.slices:
+                torch.mul(weight[rows], sampler.mask(sampler.probabilities(rows)), out=result[rows])
         return result
 
     @staticmethod
     def backward(ctx, grad):
+        with torch.autocast(grad.device.type, enabled=False):
+            return _MaskedWeight._gradients(ctx, grad)
+
+    @staticmethod
+    def _gradients(ctx, grad):
         weight, logits, *scalars = ctx.saved_tensors
-        pattern = ctx.pattern
-        in_features = weight.shape[1]
-        temperature, logit_scale, regularization, _, _ = scalars
+        pattern, hard, in_features = ctx.pattern, ctx.hard, weight.shape[1]
+        sampler = _Sampler(logits, pattern, in_features, ctx.key, scalars, noise=not hard)
+        temperature, logit_scale, regularization = (scalar.to(sampler.dtype) for scalar in scalars[:3])
+        slope, reward = logit_scale / temperature, 2 * regularization
         grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[0] else None
         grad_logits = torch.empty_like(logits) if ctx.needs_input_grad[1] else None
         padding = -in_features % pattern.m
-        for rows, y in _sliced_probabilities(logits, pattern, in_features, ctx.key, scalars, noise=not ctx.hard):
-            candidates = pattern.candidates(weight.device, y.dtype)
+
+        for rows in sampler.slices:
+            y = sampler.probabilities(rows)
             w, a = weight[rows].to(y.dtype), grad[rows].to(y.dtype)
-            if grad_weight is not None or not ctx.hard:
-                mask = (y.transpose(1, 2) @ candidates).flatten(1)[:, :in_features]
+            mask = _hard_mask(logits[rows], pattern, in_features) if hard else sampler.mask(y)
             if grad_weight is not None:
-                kept = mask if not ctx.hard else _hard_mask(logits[rows], pattern, in_features, mask.dtype)
-                grad_weight[rows] = (a * kept).to(weight.dtype)
+                grad_weight[rows] = a * mask
             if grad_logits is None:
                 continue
-            grad_mask = a * w
-            if not ctx.hard:
-                grad_mask -= (2 * regularization.to(y.dtype)) * w.square() * mask
+            grad_mask = a * w  # not in place: where dtypes agree these are the caller's own tensors
+            if not hard:
+                grad_mask -= w.square().mul_(mask).mul_(reward)
             grouped = F.pad(grad_mask, (0, padding)).unflatten(1, (-1, pattern.m))  # [rows, groups, m]
-            grad_y = candidates @ grouped.transpose(1, 2)  # [rows, C, groups]
+            grad_y = sampler.candidates @ grouped.transpose(1, 2)  # [rows, C, groups]
             grad_y -= (y * grad_y).sum(1, keepdim=True)
-            slope = logit_scale.to(y.dtype) / temperature.to(y.dtype)
-            grad_logits[rows] = (grad_y.mul_(y).mul_(slope)).to(logits.dtype)
+            torch.mul(grad_y.mul_(y), slope, out=grad_logits[rows])
         return grad_weight, grad_logits, *[None] * 8
 
 
-def _hard_mask(logits: torch.Tensor, pattern: NMPattern, in_features: int, dtype: torch.dtype) -> torch.Tensor:
+def _hard_mask(logits: torch.Tensor, pattern: NMPattern, in_features: int) -> torch.Tensor:
     codes = hard_codes(logits, pattern, in_features)
-    return pattern.candidates(logits.device, dtype)[codes].flatten(1)[:, :in_features]
+    return pattern.candidates(logits.device)[codes].flatten(1)[:, :in_features]

@@ -186,7 +186,7 @@ def _certainty(layer: NMSparseLayer, adapter_name: str) -> tuple[float, float, i
     relaxation = layer.relaxations[adapter_name]
     state = sampling_state(layer.configs[adapter_name], layer.moments.get(adapter_name), logits.device)
     largest = bits = 0.0
-    for _, y in ops.candidate_probabilities(
+    for y in ops.candidate_probabilities(
         logits, relaxation.pattern, layer.in_features, relaxation.key, state, noise=False
     ):
         largest += float(y.amax(1).sum())
