@@ -89,3 +89,10 @@ def test_tails_keep_what_fits():
     assert pattern.tail_candidates(9).tolist() == [True] + [False] * 5  # one weight: it is kept, code 0 stands for it
     assert pattern.tail_candidates(11).sum() == 3  # 1100, 1010, 0110
     assert pattern.tail_candidates(12).all()
+
+
+def test_tables_are_real_even_if_first_needed_under_the_meta_device():
+    with torch.device("meta"):
+        pattern = NMPattern(5, 13)
+        assert pattern.candidates().sum() == 5 * pattern.num_candidates
+        assert pattern.tail_candidates(14).any()

@@ -94,8 +94,9 @@ def complete_mask(mask: torch.Tensor, pattern: NMPattern) -> tuple[torch.Tensor,
 def _code_of_bits(n: int, m: int) -> torch.Tensor:
     """Code of each m-bit word (position p is bit p), -1 where the word does not keep n; int64 `[2^m]`."""
     pattern = NMPattern(n, m)
-    words = (pattern.candidates(dtype=torch.int64) << torch.arange(m)).sum(1)
-    return torch.full((2**m,), -1, dtype=torch.int64).scatter_(0, words, torch.arange(pattern.num_candidates))
+    words = (pattern.candidates(dtype=torch.int64) << torch.arange(m, device="cpu")).sum(1)
+    codes = torch.arange(pattern.num_candidates, device="cpu")
+    return torch.full((2**m,), -1, dtype=torch.int64, device="cpu").scatter_(0, words, codes)
 
 
 def mask_to_codes(mask: torch.Tensor, pattern: NMPattern) -> torch.Tensor:
@@ -189,7 +190,7 @@ def unpack_codes(packed: torch.Tensor, pattern: NMPattern, in_features: int, nam
             "fetch or write it again"
         )
     all_codes = all_codes[:, :groups].contiguous()
-    allowed = pattern.tail_candidates(in_features).to(packed.device)
+    allowed = pattern.tail_candidates(in_features, packed.device)
     if not bool(allowed[all_codes[:, -1]].all()):
         row = int((~allowed[all_codes[:, -1]]).nonzero()[0])
         raise FormatError(f"{name}: row {row} keeps a weight beyond in_features={in_features}; the mask is damaged")
@@ -253,5 +254,5 @@ def check_ids_24(ids: torch.Tensor, name: str) -> None:
 
 @lru_cache(maxsize=1)
 def _valid_id_bytes() -> torch.Tensor:
-    byte = torch.arange(256)
+    byte = torch.arange(256, device="cpu")
     return ((byte & 3) < (byte >> 2 & 3)) & ((byte >> 4 & 3) < (byte >> 6 & 3))

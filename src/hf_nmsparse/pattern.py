@@ -73,11 +73,11 @@ class NMPattern:
 
     def candidates(self, device: torch.device | str | None = None, dtype: torch.dtype = torch.bool) -> torch.Tensor:
         """All candidates as 0/1 rows, `[C, m]`, in code order."""
-        return _candidates(self.n, self.m).to(device=device, dtype=dtype)
+        return _candidates(self.n, self.m).to(device=device, dtype=dtype, non_blocking=True)
 
     def positions(self, device: torch.device | str | None = None) -> torch.Tensor:
         """Kept positions of each candidate, ascending, int64 `[C, n]`."""
-        return _positions(self.n, self.m).to(device=device)
+        return _positions(self.n, self.m).to(device=device, non_blocking=True)
 
     def rank(self, kept: tuple[int, ...] | list[int]) -> int:
         """Code of the candidate that keeps the positions `kept` (ascending, 0-based)."""
@@ -103,18 +103,21 @@ class NMPattern:
         """Real weights in the last group if it is shorter than m, else 0."""
         return in_features % self.m
 
-    def tail_candidates(self, in_features: int) -> torch.Tensor:
+    def tail_candidates(self, in_features: int, device: torch.device | str | None = None) -> torch.Tensor:
         """Which candidates the last group of a row may use, bool `[C]`.
 
         A tail of r weights keeps min(n, r) of them: with r >= n only candidates inside the first r positions are
         allowed; with r < n everything is kept, and code 0 stands for it.
         """
         r = self.tail(in_features)
+        positions = _positions(self.n, self.m)
         if r == 0:
-            return torch.ones(self.num_candidates, dtype=torch.bool)
-        if r < self.n:
-            return torch.arange(self.num_candidates) == 0
-        return (_positions(self.n, self.m) < r).all(dim=1)
+            allowed = torch.ones_like(positions[:, 0], dtype=torch.bool)
+        elif r < self.n:
+            allowed = (positions == positions[0]).all(dim=1)
+        else:
+            allowed = (positions < r).all(dim=1)
+        return allowed.to(device=device, non_blocking=True)
 
     def kept_per_row(self, in_features: int) -> int:
         """Weights kept of a row of `in_features`."""
@@ -142,15 +145,16 @@ class NMPattern:
         return full * k + left
 
 
+# The tables are made once and kept, so they name their device: under `torch.device("meta")` they would be kept empty.
 @lru_cache(maxsize=64)
 def _positions(n: int, m: int) -> torch.Tensor:
-    return torch.tensor(list(itertools.combinations(range(m), n)), dtype=torch.int64)
+    return torch.tensor(list(itertools.combinations(range(m), n)), dtype=torch.int64, device="cpu")
 
 
 @lru_cache(maxsize=64)
 def _candidates(n: int, m: int) -> torch.Tensor:
     positions = _positions(n, m)
-    return torch.zeros(len(positions), m, dtype=torch.bool).scatter_(1, positions, True)
+    return torch.zeros(len(positions), m, dtype=torch.bool, device="cpu").scatter_(1, positions, True)
 
 
 @lru_cache(maxsize=64)

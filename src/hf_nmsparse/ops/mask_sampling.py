@@ -86,8 +86,8 @@ def hard_codes(logits: torch.Tensor, pattern: NMPattern, in_features: int) -> to
         better = logits[:, candidate] > best
         codes.masked_fill_(better, candidate)
         best = torch.maximum(best, logits[:, candidate])
-    allowed = pattern.tail_candidates(in_features).to(logits.device)
-    if not bool(allowed.all()):
+    if pattern.tail(in_features):
+        allowed = pattern.tail_candidates(in_features, logits.device)
         tail = logits[:, :, -1].masked_fill(~allowed, float("-inf"))  # [out, C]
         codes[:, -1] = (tail == tail.amax(1, keepdim=True)).int().cumsum(1).eq(0).sum(1)
     return codes
@@ -160,8 +160,8 @@ class _Sampler:
         self.slope = logit_scale.to(self.dtype) / temperature.to(self.dtype)
         self.inverse_temperature = temperature.to(self.dtype).reciprocal()
         self.candidates = pattern.candidates(logits.device, self.dtype)
-        allowed = pattern.tail_candidates(in_features).to(logits.device)
-        self.barred_in_tail = ~allowed if pattern.tail(in_features) else None
+        has_tail = pattern.tail(in_features) > 0
+        self.barred_in_tail = ~pattern.tail_candidates(in_features, logits.device) if has_tail else None
         self.slices = _row_slices(logits)
 
     def probabilities(self, rows: slice) -> torch.Tensor:
