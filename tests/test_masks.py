@@ -403,3 +403,74 @@ def test_verify_counts_too_many_and_too_few_separately(make_llama):
 def test_verify_names_what_is_no_model(tmp_path):
     with pytest.raises(FormatError, match="no mask and no model"):
         nms.verify(tmp_path)
+
+
+# --- whole or not at all --------------------------------------------------------------------------------------------
+def test_what_a_published_mask_cannot_hold_is_not_dropped_silently(llama, tmp_path):
+    model = get_peft_model(llama, NMSparseConfig(modules_to_save=["lm_head"]))
+    with pytest.raises(ConfigError, match="modules_to_save"):
+        nms.save_mask(model, tmp_path / "mask")
+    assert not (tmp_path / "mask").exists()
+
+
+def test_a_refused_injection_leaves_the_model_as_it_was(make_llama, tokens):
+    model = make_llama(tie_word_embeddings=True)
+    before, classes = model(tokens).logits, [type(module) for module in model.modules()]
+    with pytest.raises(TypeError, match="lm_head"):
+        get_peft_model(model, NMSparseConfig(target_modules=["q_proj", "lm_head"]))
+    assert [type(module) for module in model.modules()] == classes
+    assert torch.equal(model(tokens).logits, before)
+
+
+def test_merging_onto_the_wrong_base_changes_no_layer(published, stranger, tokens):
+    folder, _ = published
+    model = through_peft(stranger, folder)
+    for merge in (model.merge_and_unload, model.merge_adapter):
+        with pytest.raises(BaseModelMismatchError):
+            merge()
+    with model.disable_adapter():
+        assert torch.equal(model(tokens).logits, load_base(stranger)(tokens).logits)
+
+
+def test_a_mask_saved_again_by_peft_reads_back(base_folder, tmp_path, make_llama, tokens):
+    base = make_llama(num_hidden_layers=4)  # PEFT shortens lists of twenty and more targets
+    model = get_peft_model(base, NMSparseConfig(init_weights=False)).eval()
+    nms.save_mask(model, tmp_path / "mask")
+    loaded = nms.load_mask(make_llama(num_hidden_layers=4), tmp_path / "mask")
+    loaded.save_pretrained(tmp_path / "again")
+    again = nms.load_mask(make_llama(num_hidden_layers=4), tmp_path / "again")
+    assert torch.equal(again(tokens).logits, model(tokens).logits)
+
+
+def test_logits_that_are_not_finite_are_not_packed(llama):
+    model = get_peft_model(llama, NMSparseConfig())
+    with torch.no_grad():
+        mask_layers(model)[LAYER].nmsparse_logits["default"].weight[:] = float("nan")
+    with pytest.raises(ConfigError, match=re.escape(LAYER)):
+        nms.compress(model)
+    assert mask_layers(model)
+
+
+def test_a_float16_base_is_told_what_to_do(make_llama, tmp_path):
+    base = make_llama()
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.mul_(1e-4)  # float16 loses bits of such weights
+    nms.save_mask(get_peft_model(base, NMSparseConfig()), tmp_path)
+    half = make_llama()
+    with torch.no_grad():
+        for parameter in half.parameters():
+            parameter.mul_(1e-4)
+    with pytest.raises(BaseModelMismatchError, match="float16, which rounds differently"):
+        nms.load_mask(half.half(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change", [{"prior_strength": None}, {"temperature": [1, None]}, {"modules_to_save": ["lm_head"]}]
+)
+def test_configs_with_values_of_another_kind_are_refused(published, base_folder, change):
+    folder, _ = published
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises((FormatError, ConfigError), match=next(iter(change))):
+        nms.load_mask(load_base(base_folder), folder)

@@ -204,7 +204,7 @@ def test_a_run_too_short_to_change_any_mask_is_warned_about(llama, windows, tmp_
     model = get_peft_model(llama, NMSparseConfig(prior_strength=3.0))
     with caplog.at_level(logging.WARNING, logger="hf_nmsparse"):
         train(model, tmp_path, windows, learning_rate=learning_rate)
-    assert ("no mask will change" in caplog.text) == warned
+    assert ("hardly any mask will change" in caplog.text) == warned
 
 
 def test_given_callbacks_are_not_doubled(llama, windows, tmp_path):
@@ -274,6 +274,25 @@ def test_wrong_priors_are_refused_and_change_nothing(make_llama, windows, tmp_pa
     with pytest.raises(ConfigError, match="calibration"):
         nms.set_prior(model, "wanda")
     assert all(torch.equal(before[n], value) for n, value in all_logits(model).items())
+
+
+def test_a_mistyped_criterion_is_named_and_a_merged_mask_is_not_overwritten(make_llama, windows):
+    model = get_peft_model(make_llama(), NMSparseConfig())
+    with pytest.raises(ConfigError, match="polsh"):
+        nms.set_prior(model, "polsh", calibration=windows)
+    model.merge_adapter()
+    with pytest.raises(ConfigError, match="unmerge"):
+        nms.set_prior(model, "magnitude")
+
+
+@pytest.mark.parametrize("prior", ["polish", None])
+def test_a_prior_may_cover_more_layers_than_the_adapter(make_llama, tmp_path, prior):
+    full = get_peft_model(make_llama(), NMSparseConfig(init_weights=False))
+    nms.save_mask(full, tmp_path)
+    model = get_peft_model(make_llama(), NMSparseConfig(prior=prior, dense_layers=["layers.0"]))
+    nms.set_prior(model, tmp_path)
+    for name, layer in mask_layers(model).items():
+        assert torch.equal(layer.hard_mask("default"), mask_layers(full)[name].hard_mask("default"))
 
 
 @pytest.mark.slow

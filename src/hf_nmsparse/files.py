@@ -33,7 +33,8 @@ def write_file(path: str | os.PathLike, data: bytes | str) -> Path:
 def staged_folder(folder: str | os.PathLike) -> Iterator[Path]:
     """Yield an empty folder beside `folder`; when the body succeeds its files are renamed into `folder`, one by one.
 
-    Files of `folder` that the body does not write stay. On failure `folder` is as it was.
+    Files of `folder` that the body does not write stay. If the body fails, `folder` is as it was. The folder beside it is
+    needed because only a rename within one file system is whole.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():

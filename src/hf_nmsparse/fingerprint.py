@@ -33,6 +33,16 @@ def fingerprint(weight: torch.Tensor) -> torch.Tensor | None:
     return torch.frombuffer(bytearray(hasher.digest()), dtype=torch.uint8)
 
 
+def rounding_hint(weight: torch.Tensor) -> str:
+    """What to add to a mismatch message: float16 cannot hold all that bfloat16 and float32 hold."""
+    if weight.dtype != torch.float16:
+        return ""
+    return (
+        ". These weights are in float16, which rounds differently: load the base with dtype='auto' or bfloat16, and cast it "
+        "after the mask is on and was used once"
+    )
+
+
 def digest(tensor: torch.Tensor) -> torch.Tensor:
     """Digest of a tensor's dtype, shape and bytes: BLAKE2b, uint8 `[16]` on the CPU."""
     data = tensor.detach().cpu().contiguous()

@@ -107,7 +107,7 @@ class RunResults:
             FormatError: if the file is not JSON, or of a newer schema.
         """
         try:
-            content = json.loads(Path(path).read_text())
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             raise FormatError(f"{path} is not JSON ({error}); it is no results file") from error
         version = content.get("schema_version") if isinstance(content, dict) else None

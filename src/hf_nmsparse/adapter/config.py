@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -25,7 +26,7 @@ class NMSparseConfig(PeftConfig):
         relaxation (`str`): how logits become a mask while training; `"candidates"` is MaskLLM's.
         mask_format (`str`): `"logits"` (trainable checkpoint) or `"packed"` (a published mask: codes only).
         prior (`str`, *optional*): the mask that initialises the logits. `"magnitude"` is computed on the spot; any
-            other name is a record of, or a wait for, `nms.set_prior`; `None`: random logits.
+            other name, or `None`, leaves the logits to `nms.set_prior`, which also records its name here.
         prior_strength (`float`): distance of the prior from indecision, in units of 0.01 (MaskLLM's alpha).
         temperature (`tuple[float, float]`): Gumbel-softmax temperature at the start and the end of training.
         logit_scale (`tuple[float, float]`): factor on the logits (kappa) at the start and the end.
@@ -98,9 +99,9 @@ class NMSparseConfig(PeftConfig):
         for name, allowed in (("mask_format", ("logits", "packed")), ("resample", ("micro", "step"))):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(map(repr, allowed))}")
-        if not self.prior_strength >= 0:
-            raise ConfigError(f"prior_strength={self.prior_strength!r} must be a number >= 0")
-        if not self.magnitude_regularization >= 0:
+        if not _is_number(self.prior_strength) or self.prior_strength <= 0:
+            raise ConfigError(f"prior_strength={self.prior_strength!r} must be a positive number")
+        if not _is_number(self.magnitude_regularization) or self.magnitude_regularization < 0:
             raise ConfigError(f"magnitude_regularization={self.magnitude_regularization!r} must be a number >= 0")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise ConfigError(f"seed={self.seed!r} must be a non-negative integer")
@@ -120,12 +121,12 @@ class NMSparseConfig(PeftConfig):
             raise ConfigError("layers_pattern needs layers_to_transform, the block indices to prune")
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _pair(name: str, value: object) -> tuple[float, float]:
     """A (start, end) pair of positive numbers; JSON gives lists."""
-    if (
-        not isinstance(value, (tuple, list))
-        or len(value) != 2
-        or not all(isinstance(v, (int, float)) and v > 0 for v in value)
-    ):
+    if not isinstance(value, (tuple, list)) or len(value) != 2 or not all(_is_number(v) and v > 0 for v in value):
         raise ConfigError(f"{name}={value!r} must be two positive numbers, (start, end)")
     return float(value[0]), float(value[1])

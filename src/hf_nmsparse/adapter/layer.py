@@ -16,7 +16,7 @@ from torch import nn
 from .. import ops
 from .._compat import BufferDict
 from ..errors import BaseModelMismatchError, ConfigError, FormatError, ScheduleError
-from ..fingerprint import FINGERPRINT_BYTES, digest, fingerprint, to_hex
+from ..fingerprint import FINGERPRINT_BYTES, digest, fingerprint, rounding_hint, to_hex
 from ..ops import NoiseKey
 from ..pattern import NMPattern
 from ..relaxations import Moment, Relaxation, get_relaxation, sampling_state
@@ -114,6 +114,12 @@ class NMSparseLayer(BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    def drop_adapter(self, adapter_name: str) -> None:
+        """Forget everything about an adapter."""
+        for container in (*self.adapter_layer_names, *self.other_param_names):
+            if adapter_name in getattr(self, container):
+                del getattr(self, container)[adapter_name]
+
     def _wants_magnitude_prior(self, adapter_name: str) -> bool:
         config = self.configs[adapter_name]
         loading = config.inference_mode or self.get_base_layer().weight.is_meta
@@ -164,10 +170,25 @@ class NMSparseLayer(BaseTunerLayer):
             prior = self.configs[adapter_name].prior
             raise ConfigError(
                 f"{self.module_name}: adapter {adapter_name!r} has no logits yet (its prior is {prior!r}); call "
-                f"nms.set_prior(model, {prior!r}, calibration=...) or load a checkpoint that holds this layer"
+                f"nms.set_prior(model, {prior or 'polish'!r}, calibration=...) or load a checkpoint that holds this layer"
             )
         self._verify_base(adapter_name)
         self.verified[adapter_name] = mark
+
+    def check_usable(self, adapter_name: str) -> None:
+        """`verify`, and that every logit is finite: the largest of NaNs would be an arbitrary but valid mask.
+
+        Raises:
+            ConfigError: with PEFT's own words, on NaN or infinity.
+        """
+        self.verify(adapter_name)
+        for value in self._parameters_of(adapter_name).values():
+            if not bool(value.isfinite().all()):
+                raise ConfigError(
+                    f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: "
+                    f"{self.module_name}: {int((~value.isfinite()).sum())} logits are not finite. Go back to an earlier "
+                    "checkpoint, and lower the learning rate"
+                )
 
     def _verify_codes(self, adapter_name: str) -> None:
         packed, stored = self.nmsparse_packed[adapter_name], self.nmsparse_digest[adapter_name]
@@ -197,12 +218,13 @@ class NMSparseLayer(BaseTunerLayer):
         raise BaseModelMismatchError(
             f"{self.module_name}: mask {adapter_name!r} was made for other weights ({made_for}, fingerprint "
             f"{to_hex(stored)}) than the ones here (fingerprint {to_hex(found)}); load the base model it names"
+            + rounding_hint(pristine)
         )
 
     # --- arithmetic -------------------------------------------------------------------------------------------------
     def mask_codes(self, adapter_name: str) -> torch.Tensor:
-        """The hard mask of an adapter as codes, int64 `[out, groups]`, after `verify`."""
-        self.verify(adapter_name)
+        """The hard mask of an adapter as codes, int64 `[out, groups]`, after `check_usable`."""
+        self.check_usable(adapter_name)
         relaxation = self.relaxations[adapter_name]
         if adapter_name in self.nmsparse_packed:
             return ops.unpack_codes(
@@ -262,11 +284,11 @@ class NMSparseLayer(BaseTunerLayer):
         """Write the hard masks into the base weight: kept weights stay bit-equal, pruned ones become +0.
 
         Args:
-            safe_merge (`bool`): refuse logits or weights that are not finite.
+            safe_merge (`bool`): refuse weights that are not finite; logits that are not are always refused.
             adapter_names (`list[str]`, *optional*): adapters to merge; the active ones by default.
 
         Raises:
-            ValueError: with PEFT's own message, if `safe_merge` finds NaN or infinity.
+            ValueError: with PEFT's own message, on NaN or infinity.
         """
         adapter_names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.configs]
         if not adapter_names:
@@ -274,8 +296,6 @@ class NMSparseLayer(BaseTunerLayer):
         pristine = self._weight_before_merge if self._weight_before_merge is not None else self.get_base_weight()
         merged = pristine
         for name in [*self.merged_adapters, *adapter_names]:
-            if safe_merge and not all(bool(v.isfinite().all()) for v in self._parameters_of(name).values()):
-                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
             merged = torch.where(self.hard_mask(name), merged, merged.new_zeros(()))
         if safe_merge and not bool(merged.isfinite().all()):
             raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter_names[0]} seems to be broken")

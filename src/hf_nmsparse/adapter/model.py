@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
@@ -35,7 +35,26 @@ class NMSparseModel(BaseTuner):
             peft_config.target_modules = "all-linear"
         return peft_config
 
-    def _pre_injection_hook(self, model: nn.Module, config: NMSparseConfig, adapter_name: str) -> None:
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As in PEFT, but checked first, and a refusal half-way leaves the model as it was."""
+        # PEFT's own hooks run for the first adapter only; this runs for every one.
+        config = self.peft_config[adapter_name]
+        self._check_config(model, config, adapter_name)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            for name, module in list(model.named_modules()):
+                if isinstance(module, NMSparseLayer) and adapter_name in module.configs:
+                    module.drop_adapter(adapter_name)
+                    if not module.configs:
+                        model.set_submodule(name, module.base_layer)
+            raise
+        if config.mask_format == "packed":  # PEFT shortens long lists; a published mask names its layers in full
+            config.target_modules = set(mask_layers(model, adapter_name))
+        if hasattr(model, "add_model_tags"):
+            model.add_model_tags(["nmsparse", config.pattern])
+
+    def _check_config(self, model: nn.Module, config: NMSparseConfig, adapter_name: str) -> None:
         if config.mask_format == "packed" and not config.inference_mode:
             raise ConfigError(
                 f"adapter {adapter_name!r} is a published mask: it contains codes, not logits, and cannot be trained. Load "
@@ -51,9 +70,13 @@ class NMSparseModel(BaseTuner):
             if (weight := module._parameters.get("weight")) is not None:
                 self._weight_owners.setdefault(id(weight), []).append(name)
 
-    def _post_injection_hook(self, model: nn.Module, config: NMSparseConfig, adapter_name: str) -> None:
-        if hasattr(model, "add_model_tags"):
-            model.add_model_tags(["nmsparse", config.pattern])
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        # Every layer before the first is merged, so that nothing is half merged.
+        for layer in mask_layers(self.model).values():
+            for name in layer.active_adapters:
+                if name in layer.configs:
+                    layer.check_usable(name)
 
     @staticmethod
     def _check_target_module_exists(peft_config: NMSparseConfig, key: str):

@@ -7,6 +7,7 @@ import copy
 import json
 import logging
 import math
+import shlex
 import shutil
 import subprocess
 import sys
@@ -100,6 +101,7 @@ class Demo:
     results: RunResults = field(default_factory=RunResults)
     model: PreTrainedModel | PeftModel | None = None
     stored_dtype: torch.dtype = torch.bfloat16
+    device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
     tokenizer: Any = None
     calibration: torch.Tensor | None = None
     training: torch.Tensor | None = None
@@ -177,11 +179,15 @@ def _load(demo: Demo) -> None:
         demo.tokenizer = AutoTokenizer.from_pretrained(source)
         demo.model = AutoModelForCausalLM.from_pretrained(source, dtype="auto").eval()
         demo.stored_dtype = demo.model.dtype
-        demo.model.to(_fastest_dtype())
+        demo.model.to(demo.device, _fastest_dtype())
         results.base_model = settings.model or "SmolLM2-135M-Instruct"
         results.base_revision = getattr(demo.model.config, "_commit_hash", None)
         train, test, label = _texts(settings.text)
         train_tokens, test_tokens = tokenize(train, demo.tokenizer), tokenize(test, demo.tokenizer)
+        if len(test_tokens) < 128:
+            raise ConfigError(
+                f"the held-out text has {len(test_tokens)} tokens, at least 128 are needed; give a longer --text"
+            )
         length = min(1024, len(test_tokens) // 2, demo.model.config.max_position_embeddings)
         count = max(1, min(settings.eval_tokens, len(test_tokens)) // length)
         demo.held_out = windows(test_tokens, length)[:count]
@@ -196,7 +202,6 @@ def _load(demo: Demo) -> None:
         "training": f"{label}, training split",
         "evaluation": f"{demo.held_out.numel():,} tokens of {label}, held-out split",
     }
-    results.command = _command(settings)
 
 
 def _texts(source: str | None) -> tuple[list[str], list[str], str]:
@@ -270,6 +275,8 @@ def _learn(demo: Demo) -> None:
         report_to="none",
         seed=settings.seed,
         disable_tqdm=not sys.stderr.isatty(),
+        dataloader_pin_memory=demo.device == "cuda",
+        use_cpu=demo.device == "cpu",
     )
     trainer = NMSparseTrainer(
         model=demo.model,
@@ -289,7 +296,7 @@ def _affordable_steps(demo: Demo) -> int:
     """Steps that fit into the time for learning, measured on one step without an update."""
     settings, model = demo.settings, demo.model
     model.train()
-    batch = demo.training[:BATCH]
+    batch = demo.training[:BATCH].to(demo.device)
     seconds = []
     for _ in range(2):  # the first one also warms up
         begun = time.perf_counter()
@@ -351,6 +358,7 @@ def _finish(demo: Demo, mask_folder: Path, packed_folder: Path) -> None:
         for layer in demo.reports["polish"].layers
     ]
     results.environment = environment()
+    results.command = _command(demo.settings, results)
     results.seconds = round(time.perf_counter() - demo.started, 1)
     write_card(mask_folder, results, "mask")
     write_card(packed_folder, results, "packed")
@@ -370,14 +378,19 @@ def _state_digests(model: torch.nn.Module) -> dict[str, str]:
 
 
 def _generate(demo: Demo, model: PreTrainedModel) -> str:
-    inputs = demo.tokenizer(PROMPT, return_tensors="pt")
+    inputs = demo.tokenizer(PROMPT, return_tensors="pt").to(model.device)
     output = model.generate(**inputs, max_new_tokens=40, do_sample=False)
     return demo.tokenizer.decode(output[0], skip_special_tokens=True)
 
 
-def _command(settings: DemoSettings) -> str:
-    options = [f"--steps {settings.steps}", f"--seed {settings.seed}"]
-    options += [f"--{name} {value}" for name in ("model", "text") if (value := getattr(settings, name))]
+def _command(settings: DemoSettings, results: RunResults) -> str:
+    given = {"steps": results.steps, "minutes": 1000}  # as many steps as were run, however long they take
+    given |= {
+        name: getattr(settings, name) for name in ("calibration_samples", "eval_tokens", "seed", "model", "text")
+    }
+    options = [
+        f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in given.items() if value is not None
+    ]
     return " ".join(["nmsparse demo", *options])
 
 

@@ -119,13 +119,20 @@ def _read_config(path: Path) -> NMSparseConfig:
             f"{path} is {path.stat().st_size} bytes, over the limit of {_MAX_CONFIG_BYTES}; it is no mask config"
         )
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise FormatError(f"{path} is not JSON ({error}); fetch the mask again") from error
     if not isinstance(content, dict) or content.get("peft_type") != "NMSPARSE":
         raise FormatError(f"{path} is not the config of a mask (peft_type NMSPARSE)")
     known = {key: value for key, value in content.items() if key in NMSparseConfig.__dataclass_fields__}
-    config = NMSparseConfig(**{**known, "peft_type": None})
+    try:
+        config = NMSparseConfig(**{**known, "peft_type": None})
+    except TypeError as error:  # a field of another JSON type than any config has
+        raise FormatError(f"{path}: {error}; the config is damaged, fetch the mask again") from error
+    if config.modules_to_save or config.trainable_token_indices:
+        raise FormatError(
+            f"{path}: a published mask holds codes only, yet modules_to_save or trainable_token_indices is set"
+        )
     if config.mask_format != "packed":
         raise ConfigError(
             f"{path.parent} is a training checkpoint (logits), not a published mask; load it with PeftModel.from_pretrained, "

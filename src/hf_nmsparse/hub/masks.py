@@ -18,7 +18,7 @@ from .. import ops
 from ..adapter import NMSparseConfig, mask_layers
 from ..errors import BaseModelMismatchError, ConfigError, FormatError
 from ..files import staged_folder
-from ..fingerprint import digest, fingerprint, to_hex
+from ..fingerprint import digest, fingerprint, rounding_hint, to_hex
 from ..results import RunResults
 from .card import card_text
 from .mask_file import PARTS, PREFIX, PublishedMask, read_mask
@@ -51,10 +51,17 @@ def save_mask(
     layers = mask_layers(model, adapter_name)
     if not layers:
         raise ConfigError(f"the model has no mask adapter {adapter_name!r}; it has {_adapter_names(model) or 'none'}")
+    stored = next(iter(layers.values())).configs[adapter_name]
+    for field in ("modules_to_save", "trainable_token_indices"):
+        if getattr(stored, field):
+            raise ConfigError(
+                f"adapter {adapter_name!r} trained {field}={getattr(stored, field)!r} beside its mask; a published mask holds "
+                "codes only and would lose that. Merge and publish the model instead (nms.compress), or train without it"
+            )
     tensors: dict[str, torch.Tensor] = {}
     for name, layer in layers.items():
         tensors |= _stored_tensors(name, layer, adapter_name)
-    config = published_config(next(iter(layers.values())).configs[adapter_name], sorted(layers))
+    config = published_config(stored, sorted(layers))
     base_class = type(_plain(model))  # AutoPeftModel finds the base's class by this
     config.auto_mapping = {"base_model_class": base_class.__name__, "parent_library": base_class.__module__}
     results = copy.deepcopy(results) if results is not None else RunResults()
@@ -64,17 +71,11 @@ def save_mask(
     with staged_folder(folder) as staging:
         (staging / SAFETENSORS_WEIGHTS_NAME).write_bytes(save(tensors, metadata={"format": "pt"}))
         config.save_pretrained(str(staging))
-        (staging / "README.md").write_text(card_text(results, "mask"))
+        (staging / "README.md").write_text(card_text(results, "mask"), encoding="utf-8")
     return Path(folder)
 
 
 def _stored_tensors(name: str, layer, adapter_name: str) -> dict[str, torch.Tensor]:
-    for value in layer.nmsparse_logits[adapter_name].parameters() if adapter_name in layer.nmsparse_logits else ():
-        if not bool(value.isfinite().all()):
-            raise ConfigError(
-                f"{name}: {int((~value.isfinite()).sum())} logits of adapter {adapter_name!r} are not finite; the mask "
-                "would be arbitrary there. Go back to an earlier checkpoint and lower the learning rate"
-            )
     pattern = layer.relaxations[adapter_name].pattern
     packed = ops.pack_codes(layer.mask_codes(adapter_name), pattern, layer.in_features).cpu()
     values = {
@@ -149,6 +150,7 @@ def match_to_model(
         if not allow_base_mismatch:
             raise BaseModelMismatchError(
                 f"{message}; load that model, or pass allow_base_mismatch=True if you are sure"
+                + rounding_hint(next(iter(linears.values())).weight)
             )
         logger.warning("%s; loaded all the same because of allow_base_mismatch=True", message)
     return codes

@@ -79,7 +79,7 @@ def verify(model_or_path: nn.Module | str | os.PathLike, pattern: str | NMPatter
         return _verify_model(model_or_path, pattern)
     folder = Path(model_or_path)
     if not folder.exists():
-        folder = Path(snapshot_download(str(model_or_path)))
+        folder = Path(snapshot_download(str(model_or_path), allow_patterns=["*.json", "*.safetensors"]))
     if (folder / "adapter_config.json").is_file():
         mask = read_mask(folder)
         report = VerifyReport("mask", str(mask.pattern))
@@ -96,7 +96,10 @@ def verify(model_or_path: nn.Module | str | os.PathLike, pattern: str | NMPatter
     files = sorted(str(path) for path in folder.glob("*.safetensors"))
     if not files:
         raise FormatError(f"{folder} holds no safetensors file; only safetensors is read")
-    quantization = json.loads(config.read_text()).get("quantization_config") or {}
+    try:
+        quantization = json.loads(config.read_text(encoding="utf-8")).get("quantization_config") or {}
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, AttributeError) as error:
+        raise FormatError(f"{config} is no model config ({error}); fetch it again") from error
     if quantization.get("quant_method") == "nmsparse":
         return _verify_packed(files)
     return _counted(VerifyReport("masked model", str(pattern)), _weights(files), pattern)

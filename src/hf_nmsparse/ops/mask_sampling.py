@@ -137,8 +137,9 @@ def candidate_probabilities(
 
 def _row_slices(logits: torch.Tensor) -> list[slice]:
     """Slices of the rows of logits `[out, C, groups]`."""
-    rows, _, groups = logits.shape
-    step = max(1, (_CPU_GROUPS if logits.device.type == "cpu" else _GPU_GROUPS) // groups)
+    rows, num_candidates, groups = logits.shape
+    budget = _CPU_GROUPS if logits.device.type == "cpu" else _GPU_GROUPS  # for the six candidates of 2:4
+    step = max(1, 6 * budget // (num_candidates * groups))
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 

@@ -81,6 +81,9 @@ class MaskScheduleCallback(TrainerCallback):
 class MaskMetricsCallback(TrainerCallback):
     """Adds to every log line how far the masks have moved and how decided they are.
 
+    The lines are those of `trainer.state.log_history`. Callbacks that report elsewhere see the metrics if they come later
+    in the Trainer's list; `NMSparseTrainer` puts this one first.
+
     Keys: `nm/flip_rate` (share of groups whose hard choice differs from the start of training), `nm/flip_rate_last`
     (from the last log), `nm/max_prob` (mean largest candidate probability, without noise), `nm/entropy` (mean, in bits),
     `nm/temperature`, `nm/logit_scale` and, with `eval_tokens`, `nm/hard_eval_loss`.
@@ -125,6 +128,8 @@ class MaskMetricsCallback(TrainerCallback):
         **kwargs,
     ) -> None:
         if logs is None or "loss" not in logs:  # evaluation and the summary at the end log too
+            return
+        if not any(trained_layers(model)):
             return
         metrics = self.measure(model)
         logs.update(metrics)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from ..hub.masks import active_mask, match_to_model
 
 def set_prior(
     model: nn.Module,
-    prior: str | os.PathLike | Criterion | Mapping[str, torch.Tensor],
+    prior: str | os.PathLike | Criterion | type[Criterion] | Mapping[str, torch.Tensor],
     calibration: Any = None,
     tokenizer: Any = None,
     adapter_name: str | None = None,
@@ -48,6 +49,10 @@ def set_prior(
     """
     adapter_name = adapter_name or active_mask(model)
     layers = mask_layers(model, adapter_name)
+    if any(layer.merged for layer in layers.values()):
+        raise ConfigError(
+            "the mask is merged into the weights, which are pruned now; unmerge it first (model.unmerge_adapter())"
+        )
     if not layers:
         raise ConfigError(f"the model has no mask adapter {adapter_name!r}")
     config = next(iter(layers.values())).configs[adapter_name]
@@ -56,7 +61,7 @@ def set_prior(
     report = None
     if isinstance(prior, Mapping):
         masks, label = _given_masks(prior, layers), "given masks"
-    elif isinstance(prior, Criterion) or prior in known_criteria():
+    elif _is_criterion(prior):
         criterion = get_criterion(prior)
         masks, report = _criterion_masks(model, layers, criterion, config.pattern, calibration, tokenizer, progress)
         label = criterion.name
@@ -72,6 +77,13 @@ def set_prior(
     if adapter_name in getattr(model, "peft_config", {}):
         model.peft_config[adapter_name].prior = label
     return report
+
+
+def _is_criterion(prior: object) -> bool:
+    """A `Criterion`, or text that is no folder and cannot be a repo: `get_criterion` then names the known ones."""
+    if isinstance(prior, Criterion) or (isinstance(prior, type) and issubclass(prior, Criterion)):
+        return True
+    return isinstance(prior, str) and (prior in known_criteria() or ("/" not in prior and not os.path.exists(prior)))
 
 
 def _given_masks(given: Mapping[str, torch.Tensor], layers: dict[str, NMSparseLayer]) -> dict[str, torch.Tensor]:
@@ -94,9 +106,11 @@ def _published_masks(
     mask = read_mask(source)
     if mask.config.pattern != pattern:
         raise ConfigError(f"{source} is a {mask.config.pattern} mask, the adapter's pattern is {pattern}")
-    codes = match_to_model(mask, {name: layer.get_base_layer() for name, layer in layers.items()})
-    if missing := sorted(set(layers) - set(codes)):
+    if missing := sorted(set(layers) - set(mask.layers)):
         raise ConfigError(f"{source} has no mask for {len(missing)} layers of the adapter, first {missing[:5]}")
+    # The mask may prune more layers than the adapter.
+    used = replace(mask, layers={name: mask.layers[name] for name in layers})
+    codes = match_to_model(used, {name: layer.get_base_layer() for name, layer in layers.items()})
     return {name: ops.codes_to_mask(codes[name], mask.pattern, layer.in_features) for name, layer in layers.items()}
 
 

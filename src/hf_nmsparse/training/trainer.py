@@ -66,7 +66,7 @@ class NMSparseTrainer(Trainer):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def warn_if_masks_cannot_move(self, num_training_steps: int) -> bool:
-        """Whether Adam, which moves a logit by at most about its learning rate a step, cannot cross the prior's gap."""
+        """Whether Adam, which moves a logit by at most about its learning rate a step, hardly crosses the prior's gap."""
         learning_rate = self.args.learning_rate if self.mask_learning_rate is None else self.mask_learning_rate
         travel = learning_rate * num_training_steps
         strengths = [layer.configs[name].prior_strength for _, layer, name in trained_layers(self.model)]
@@ -74,8 +74,8 @@ class NMSparseTrainer(Trainer):
         if travel >= gap:
             return False
         logger.warning(
-            "learning rate %g x %d steps moves a logit by at most about %.2g, but the prior's gap is %.2g: no mask will "
-            "change. Use a learning rate of at least %.2g, more steps, or a smaller prior_strength",
+            "learning rate %g x %d steps moves a logit by at most about %.2g, but the prior's gap is %.2g: hardly any mask "
+            "will change. Use a learning rate of at least %.2g, more steps, or a smaller prior_strength",
             learning_rate,
             num_training_steps,
             travel,
