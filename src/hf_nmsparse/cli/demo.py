@@ -28,7 +28,7 @@ def demo(
     steps: Annotated[int, typer.Option("--steps", min=1, help="Optimizer steps to plan for.")] = 60,
     minutes: Annotated[
         float, typer.Option("--minutes", min=0.0, help="Time for learning; a slow machine takes fewer steps.")
-    ] = 6.5,
+    ] = 6.0,
     calibration_samples: Annotated[
         int, typer.Option("--calibration-samples", min=1, help="Windows of 512 tokens for Wanda and polish.")
     ] = 64,

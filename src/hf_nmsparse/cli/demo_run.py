@@ -86,7 +86,7 @@ class DemoSettings:
     model: str | None = None
     text: str | None = None
     steps: int = 60
-    minutes: float = 6.5
+    minutes: float = 6.0
     calibration_samples: int = 64
     eval_tokens: int = 8192
     seed: int = 0

@@ -36,7 +36,7 @@ from .folders import (
     remove_checkpoints,
 )
 from .models import empty_model
-from .plan import RelaxationOption, checked_plan, show_plan
+from .plan import RelaxationOption, show_plan
 from .training_run import TrainingRun
 
 if TYPE_CHECKING:
@@ -118,6 +118,7 @@ def train(
     """
     with verb(json_output) as answer:
         from .. import NMSparseConfig
+        from ..training import plan
 
         arguments = training_arguments(model, context.args, output)
         checkpoint = _checkpoint(output, resume, overwrite, arguments, model)
@@ -136,7 +137,7 @@ def train(
         check_prior(prior)
         run = TrainingRun(model, data, eval_data, calibration or data, eval_tokens, sequence_length, prior)
         empty = empty_model(model)
-        planned = checked_plan(empty, config)
+        planned = plan(empty, config)
         if dry_run:
             run.read(empty)
             answer.facts = {"dry_run": True, "model": model, "data": run.texts, "plan": planned.to_dict()}
