@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Learn a 2:4 mask on a frozen model, publish it, pack the model, load it back. Runs on a CPU in about ten minutes."""
+"""Learn a 2:4 mask on a frozen model, publish it, pack the model, load it back. About a quarter of an hour on 2 cores."""
 
 # %%
 from peft import get_peft_model
@@ -22,7 +22,14 @@ nms.set_prior(model, "polish", calibration=windows(train, 512, samples=64, seed=
 print("one-shot   ", nms.perplexity(model, test[:8192], seq_len=1024).value)
 
 # %% Learn the mask; no weight changes
-arguments = TrainingArguments("runs/quickstart", max_steps=45, per_device_train_batch_size=2, learning_rate=1.5e-3)
+arguments = TrainingArguments(
+    "runs/quickstart",
+    max_steps=45,
+    per_device_train_batch_size=2,
+    learning_rate=1.5e-3,
+    logging_steps=5,
+    save_strategy="no",
+)
 nms.NMSparseTrainer(model, arguments, train_dataset=TokenWindows(windows(train, 512, samples=90, seed=1))).train()
 print("learned    ", nms.perplexity(model, test[:8192], seq_len=1024).value)
 

@@ -28,10 +28,10 @@ def demo(
     steps: Annotated[int, typer.Option("--steps", min=1, help="Optimizer steps to plan for.")] = 60,
     minutes: Annotated[
         float, typer.Option("--minutes", min=0.0, help="Time for learning; a slow machine takes fewer steps.")
-    ] = 6.0,
+    ] = 7.0,
     calibration_samples: Annotated[
         int, typer.Option("--calibration-samples", min=1, help="Windows of 512 tokens for Wanda and polish.")
-    ] = 64,
+    ] = 32,
     eval_tokens: Annotated[
         int, typer.Option("--eval-tokens", min=64, help="Held-out tokens to score each row on.")
     ] = 8192,
