@@ -33,13 +33,13 @@ def test_a_mask_learned_in_two_minutes_beats_every_one_shot_mask(tmp_path):
         model = load()
         nms.prune(model, criterion, calibration=calibration, progress=False)
         found[criterion] = nms.perplexity(model, held_out, seq_len=LENGTH).value
-    model = get_peft_model(load(), nms.NMSparseConfig(prior="polish"))
+    model = get_peft_model(load(), nms.NMSparseConfig(prior="polish", temperature=(2.0, 0.05)))
     nms.set_prior(model, "polish", calibration=calibration, progress=False)
     arguments = TrainingArguments(
         str(tmp_path),
         max_steps=120,
         per_device_train_batch_size=4,
-        learning_rate=3e-3,
+        learning_rate=1.5e-3,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": 0.1},
         adam_beta2=0.99,
