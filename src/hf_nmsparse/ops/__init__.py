@@ -18,12 +18,14 @@ from .linear24 import Linear24Backend, linear_24, linear_24_backend, register_li
 from .mask_sampling import SamplingState, candidate_probabilities, hard_codes, masked_weight, soft_mask
 from .philox import NoiseKey
 from .reference import top_n_mask
+from .side_branch import SideBranch, pool_blocks
 
 __all__ = [
     "GroupCounts",
     "Linear24Backend",
     "NoiseKey",
     "SamplingState",
+    "SideBranch",
     "candidate_probabilities",
     "check_ids_24",
     "codes_to_mask",
@@ -37,6 +39,7 @@ __all__ = [
     "masked_weight",
     "pack_24",
     "pack_codes",
+    "pool_blocks",
     "register_linear_24_backend",
     "soft_mask",
     "top_n_mask",
