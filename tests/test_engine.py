@@ -22,7 +22,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from hf_nmsparse.criteria import Criterion, InputStatistics, Target, Wanda, find_linears, get_criterion, prune, walk
+from hf_nmsparse.criteria import Criterion, InputStatistics, Target, Wanda, find_weights, get_criterion, prune, walk
 from hf_nmsparse.errors import ConfigError, NMSparseError, PatternError, UnsupportedError
 from hf_nmsparse.pattern import NMPattern
 
@@ -97,7 +97,7 @@ class Spy(Wanda):
 
 def naive_prune(model: nn.Module, criterion: str, pattern: NMPattern, calibration: torch.Tensor) -> None:
     """Whole forwards for each block, all activations kept, statistics in one go."""
-    linears = find_linears(model)
+    linears = {name: target.module for name, target in find_weights(model).items()}
     for index in range(2):
         block = {name: linear for name, linear in linears.items() if f".{index}." in name}
         seen: dict[str, list[torch.Tensor]] = {name: [] for name in block}
@@ -123,7 +123,7 @@ def test_equals_the_naive_reference_on_the_whole_model(kind, criterion):
     reference = copy.deepcopy(model)
     naive_prune(reference, criterion, NMPattern("2:4"), tokens())
     report = prune(model, criterion, "2:4", tokens(), progress=False)
-    assert len(report.layers) == len(find_linears(model))
+    assert len(report.layers) == len(find_weights(model))
     assert same(model, reference)
 
 
@@ -146,8 +146,8 @@ def test_kept_weights_are_bit_equal_and_pruned_ones_are_plus_zero(criterion):
     model = llama(torch.bfloat16)
     dense = copy.deepcopy(model)
     prune(model, criterion, "2:4", tokens(), progress=False)
-    for name, linear in find_linears(model).items():
-        before, after = dense.get_submodule(name).weight, linear.weight
+    for name, target in find_weights(model).items():
+        before, after = dense.get_submodule(name).weight, target.weight
         kept = after != 0
         assert torch.equal(after[kept], before[kept])
         assert not bool(torch.signbit(after[~kept]).any())
@@ -336,7 +336,7 @@ def test_a_criterion_that_returns_no_mask_of_the_pattern_is_named(spoil, message
 
 # --- which layers ---------------------------------------------------------------------------------------------------
 def test_the_linear_layers_of_the_blocks_are_found_and_nothing_else():
-    names = list(find_linears(llama()))
+    names = list(find_weights(llama()))
     assert len(names) == 14 and "lm_head" not in names
     assert names[0] == "model.layers.0.self_attn.q_proj" and names[-1] == "model.layers.1.mlp.down_proj"
 
@@ -362,15 +362,15 @@ def test_dense_layers_match_full_names_and_parts(dense_layers, left):
 
 def test_dense_layers_that_match_nothing_or_everything_are_refused():
     with pytest.raises(ConfigError, match="dense_layers: 'down' matches no module of LlamaForCausalLM"):
-        find_linears(llama(), ["q_proj", "down"])
-    with pytest.raises(ConfigError, match=r"no nn\.Linear left to prune"):
-        find_linears(llama(), ["mlp", "self_attn"])
+        find_weights(llama(), ["q_proj", "down"])
+    with pytest.raises(ConfigError, match=r"no weight left to prune"):
+        find_weights(llama(), ["mlp", "self_attn"])
 
 
 def test_layers_that_share_their_weight_are_left_out():
     model = llama()
     model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
-    assert [name for name in find_linears(llama()) if name not in find_linears(model)] == [
+    assert [name for name in find_weights(llama()) if name not in find_weights(model)] == [
         "model.layers.0.mlp.up_proj",
         "model.layers.1.mlp.up_proj",
     ]
@@ -383,7 +383,7 @@ def test_wrapped_and_foreign_layers_are_refused_by_name_unless_left_dense():
     name = r"base_model\.model\.model\.layers\.0\.self_attn\.v_proj"
     with pytest.raises(UnsupportedError, match=rf"{name} is a Linear, not a plain nn\.Linear \(2 such layers\)"):
         prune(wrapped, "magnitude", progress=False)
-    assert len(find_linears(wrapped, ["v_proj"])) == 12
+    assert len(find_weights(wrapped, ["v_proj"])) == 12
 
     class Quantised(nn.Linear):
         pass
@@ -395,7 +395,7 @@ def test_wrapped_and_foreign_layers_are_refused_by_name_unless_left_dense():
 
 
 def test_models_without_blocks_are_refused():
-    with pytest.raises(UnsupportedError, match="looked for its decoder blocks"):
+    with pytest.raises(UnsupportedError, match="looked for its blocks"):
         prune(nn.Sequential(nn.Linear(8, 8)), "magnitude", progress=False)
 
 
@@ -419,7 +419,7 @@ def targets_of(
 @pytest.mark.parametrize("getter", [False, True], ids=["tensor", "computed"])
 def test_walk_hands_out_masks_and_changes_nothing_itself(getter):
     model, pruned, masks = llama(), llama(), {}
-    names = list(find_linears(model))
+    names = list(find_weights(model))
     walk(model, targets_of(model, names, masks, getter), "wanda", "2:4", tokens(), progress=False)
     assert_untouched(model, llama())
     prune(pruned, "wanda", "2:4", tokens(), progress=False)
@@ -428,10 +428,8 @@ def test_walk_hands_out_masks_and_changes_nothing_itself(getter):
 
 def test_targets_outside_the_blocks_never_called_or_repeated_are_refused_before_anything_is_applied():
     model, masks = llama(), {}
-    names = list(find_linears(model))
-    with pytest.raises(
-        UnsupportedError, match=r"^lm_head \(1 such layers\) is outside the decoder blocks 'model\.layers'"
-    ):
+    names = list(find_weights(model))
+    with pytest.raises(UnsupportedError, match=r"^lm_head \(1 such layers\) is outside the blocks 'model\.layers'"):
         walk(model, targets_of(model, [*names, "lm_head"], masks), "wanda", "2:4", tokens(), progress=False)
     with pytest.raises(ConfigError, match=r"targets repeat: model\.layers\.0\.self_attn\.q_proj"):
         walk(model, targets_of(model, names[:1] * 2, masks), "wanda", "2:4", tokens(), progress=False)
@@ -496,3 +494,21 @@ def test_models_that_skip_or_repeat_blocks_are_refused():
     with pytest.raises(UnsupportedError, match="called 1 of 2 blocks"):
         prune(model, "wanda", "2:4", tokens(), progress=False)
     assert_untouched(model, dense)
+
+
+def test_models_that_change_hidden_states_between_blocks_are_refused():
+    model = llama()
+    handle = model.model.layers[1].register_forward_pre_hook(lambda _, args: (args[0] + 1, *args[1:]))
+    with pytest.raises(UnsupportedError, match=r"changes the hidden states before block model\.layers\.1"):
+        prune(model, "wanda", "2:4", tokens(), progress=False)
+    handle.remove()
+    assert_untouched(model, llama())
+
+
+def test_every_stack_that_holds_targets_is_walked_and_one_that_is_never_run_is_named():
+    model = llama()
+    model.extra = nn.ModuleList([nn.Linear(32, 32, bias=False)])
+    names = ["model.layers.1.mlp.up_proj", "extra.0"]
+    with pytest.raises(UnsupportedError, match=r"^the blocks 'extra' were never called during calibration"):
+        walk(model, targets_of(model, names, {}), "wanda", "2:4", tokens(), progress=False)
+    assert "extra.0" not in find_weights(model)  # of a model without an encoder only the largest stack is pruned

@@ -154,7 +154,7 @@ def test_logits_that_are_not_finite_are_not_published(llama, tmp_path):
     model = get_peft_model(llama, NMSparseConfig())
     with torch.no_grad():
         mask_layers(model)[LAYER].nmsparse_logits["default"].weight[0, 0, :2] = float("nan")
-    with pytest.raises(ConfigError, match=f"{re.escape(LAYER)}: 2 logits"):
+    with pytest.raises(ConfigError, match=f"{re.escape(LAYER)}: 2 values of nmsparse_logits"):
         nms.save_mask(model, tmp_path / "mask")
     assert list(tmp_path.iterdir()) == []
 

@@ -5,12 +5,14 @@ import copy
 import io
 import logging
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import prune
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers.pytorch_utils import Conv1D
 
 from hf_nmsparse import ops
 from hf_nmsparse.errors import ConfigError, PatternError, UnsupportedError
@@ -398,6 +400,65 @@ def test_packed_sizes():
     assert packed_sizes(nn.Linear(8, 8)).ratio is None
 
 
+# --- Conv1D ---------------------------------------------------------------------------------------------------------
+def conv1d_layers(model):
+    return {name: module for name, module in model.named_modules() if type(module) is Conv1D}
+
+
+def tiny_gpt2(masked=True, dtype=torch.float32):
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=128, n_embd=32, n_layer=2, n_head=4, n_positions=32)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    for layer in conv1d_layers(model).values():
+        layer.bias.data.normal_()
+        if masked:
+            layer.weight.data.mul_(magnitude_mask(layer.weight.t()).t())
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_conv1d_packs_along_its_inputs_and_comes_back_as_conv1d(dtype):
+    model = tiny_gpt2(dtype=dtype)
+    before, expected = state_of(model), logits(model)
+    compress(model)
+    packed = model.transformer.h[0].attn.c_attn
+    assert isinstance(packed, SparseLinear24) and (packed.in_features, packed.out_features) == (32, 96)
+    assert packed.weight.shape == (96, 16) and packed.weight_idx.shape == (96, 4)
+    assert model.config.quantization_config.modules_to_not_convert == ["lm_head"]
+    assert "conv1d=True" in repr(packed)
+    assert torch.equal(packed.dequantize(), before["transformer.h.0.attn.c_attn.weight"].t())
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.02}
+    torch.testing.assert_close(logits(model), expected, **tolerance)  # addmm and linear may add up in another order
+    decompress(model)
+    assert len(conv1d_layers(model)) == 8
+    assert_same_state(model, before)
+    assert all(layer.weight.is_contiguous() for layer in conv1d_layers(model).values())
+    assert torch.equal(logits(model), expected)
+
+
+def test_masks_of_conv1d_are_out_by_in_and_prune_dense_leftovers_too(caplog):
+    model = tiny_gpt2(masked=False)
+    layers = conv1d_layers(model)
+    masks = {name: magnitude_mask(layer.weight.t()) for name, layer in layers.items()}
+    wide = "transformer.h.1.mlp.c_fc"
+    masks[wide] = magnitude_mask(layers[wide].weight.t(), NMPattern(4, 8))
+    expected = {name: layer.weight.detach().t() * masks[name] for name, layer in layers.items()}
+    with pytest.raises(PatternError, match=r"as \[out, in\]"):
+        compress(model, {wide: masks[wide].t()})
+    compress(model, masks)
+    assert f"{wide}: " in caplog.text and model.config.quantization_config.modules_to_not_convert == [
+        "lm_head",
+        wide,
+    ]
+    assert torch.equal(model.get_submodule(wide).weight, expected.pop(wide).t())
+    for name, weight in expected.items():
+        assert torch.equal(model.get_submodule(name).dequantize(), weight), name
+
+
+def test_explain_takes_a_conv1d():
+    assert explain(Conv1D(4, 8)).backend == "dense"
+
+
 # --- training -------------------------------------------------------------------------------------------------------
 def test_full_fine_tuning_changes_values_and_never_ids():
     model = compress(tiny_llama()).train()
@@ -456,7 +517,17 @@ def test_config_stores_what_describes_the_checkpoint_and_nothing_else():
     }
     again = PackedConfig.from_dict(stored)
     assert (again.dequantize, again.memory, again.check_digests) == (False, None, True)
-    assert config.get_loading_attributes() == {"dequantize": True, "memory": "low", "check_digests": False}
+    assert config.get_loading_attributes() == {
+        "dequantize": True,
+        "memory": "low",
+        "check_digests": False,
+        "mask": None,
+        "revision": None,
+        "task": None,
+        "allow_base_mismatch": False,
+    }
+    assert PackedConfig(slorb_block=16).to_dict()["slorb_block"] == 16
+    assert PackedConfig(mask=Path("mask"), task="qa").to_dict() == PackedConfig().to_dict()
 
 
 @pytest.mark.parametrize(
@@ -468,6 +539,11 @@ def test_config_stores_what_describes_the_checkpoint_and_nothing_else():
         ({"patern": "2:4"}, "unknown fields.*patern"),
         ({"pattern": "4:8"}, "packed form is '2:4'"),
         ({"memory": "quick"}, "quick"),
+        ({"slorb_block": 0}, "slorb_block=0"),
+        ({"slorb_block": "16"}, "slorb_block='16'"),
+        ({"task": "qa"}, "belong to a mask"),
+        ({"allow_base_mismatch": True}, "belong to a mask"),
+        ({"mask": "user/mask", "modules_to_not_convert": []}, "mask says which layers"),
         ({"quant_method": "gptq"}, "gptq"),
         ({"modules_to_not_convert": "lm_head"}, "list of module names"),
     ],

@@ -16,12 +16,14 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    GPT2Config,
     HrmTextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
     RobertaConfig,
 )
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import auto
 
 from hf_nmsparse import ops
@@ -307,6 +309,42 @@ def test_pruning_while_loading_refuses_disk_offload_dequantize_and_processes(den
         LlamaForCausalLM.from_pretrained(
             None, config=LlamaConfig(**SIZES), state_dict=tiny_model().state_dict(), quantization_config=PackedConfig()
         )
+
+
+# --- Conv1D ---------------------------------------------------------------------------------------------------------
+def tiny_gpt2(masked=True, dtype=torch.float32):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        GPT2Config(vocab_size=128, n_embd=32, n_layer=2, n_head=4, n_positions=32), dtype=dtype
+    ).eval()
+    for layer in model.modules():
+        if masked and type(layer) is Conv1D:
+            layer.weight.data.mul_(ops.top_n_mask(layer.weight.t().abs(), NMPattern(2, 4)).t())
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gpt2_round_trips_and_is_pruned_and_dequantized_while_loading(tmp_path, dtype):
+    reference = tiny_gpt2(dtype=dtype)
+    packed = compress(tiny_gpt2(dtype=dtype))
+    packed.save_pretrained(tmp_path / "packed")
+    assert stored_tensors(tmp_path / "packed")["transformer.h.0.mlp.c_fc.weight"].shape == (128, 16)
+    tiny_gpt2(masked=False, dtype=dtype).save_pretrained(tmp_path / "dense")
+    for loaded in (load(tmp_path / "packed"), load(tmp_path / "dense", quantization_config=PackedConfig())):
+        assert num_packed(loaded) == 8 and loaded.config.quantization_config.modules_to_not_convert == ["lm_head"]
+        assert torch.equal(logits(loaded), logits(packed))
+        for name, tensor in decompress(loaded).state_dict().items():
+            assert torch.equal(tensor, reference.state_dict()[name]), name
+    dense = load(tmp_path / "packed", dequantize=True)
+    assert type(dense.transformer.h[0].attn.c_attn) is Conv1D
+    for name, tensor in dense.state_dict().items():
+        assert torch.equal(tensor, reference.state_dict()[name]) and tensor.is_contiguous(), name
+    assert torch.equal(logits(dense), logits(reference))
+
+
+def test_packed_gpt2_loads_into_the_base_model_class(tmp_path):
+    compress(tiny_gpt2()).save_pretrained(tmp_path)
+    assert num_packed(load(tmp_path, AutoModel)) == 8
 
 
 # --- dequantizing ---------------------------------------------------------------------------------------------------

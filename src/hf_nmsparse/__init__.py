@@ -14,8 +14,15 @@ from .pattern import NMPattern
 
 __version__ = "0.1.0.dev0"
 
+
+def _read_mask_for_packing(source: str, revision: str | None, task: str | None) -> packed.StoredMask:
+    from .hub.packing import stored_mask  # here: the hub is not always used
+
+    return stored_mask(source, revision, task)
+
+
 adapter.register()
-packed.register()
+packed.register(mask_reader=_read_mask_for_packing)
 
 # Rooms that need the Trainer or are not always used are imported when first asked for.
 _LAZY = {
@@ -24,12 +31,16 @@ _LAZY = {
     "compress": "hub",
     "decompress": "hub",
     "load_mask": "hub",
+    "push_folder": "hub",
+    "push_mask": "hub",
     "read_mask": "hub",
     "save_mask": "hub",
     "verify": "hub",
+    "Distillation": "training",
     "MaskMetricsCallback": "training",
     "MaskScheduleCallback": "training",
     "NMSparseTrainer": "training",
+    "fit_side_branch": "training",
     "plan": "training",
     "set_prior": "training",
 }

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 # --- peft 0.21: methods can only be registered for members of the PeftType enum ---------------------------------------
 # Can go when PEFT offers a hook for methods outside its tree (asked for in huggingface/peft#2273).
 from peft.tuners._buffer_dict import BufferDict as BufferDict
@@ -39,6 +42,36 @@ def register_peft_method_once(name: str, config_cls: type, model_cls: type) -> P
     return peft_type
 
 
+# --- peft 0.21: what other methods do for themselves, and no public function does --------------------------------------
+# Each can go when PEFT offers what its first line says.
+def check_before_merging(check) -> None:
+    """Have `check(tuner)` called before any PEFT method, stock LoRA included, merges its adapters. Idempotent."""
+    from peft.tuners.tuners_utils import BaseTuner
+
+    allowed = BaseTuner._check_merge_allowed
+    if getattr(allowed, "nmsparse_check", False):
+        return
+
+    def _check_merge_allowed(self):
+        check(self)
+        return allowed(self)
+
+    _check_merge_allowed.nmsparse_check = True
+    BaseTuner._check_merge_allowed = _check_merge_allowed
+
+
+def modules_taking_adapter_names(model: nn.Module, layer_cls: type):
+    """`(module, whether it is in an encoder)` of every module that understands `adapter_names` in its forward."""
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    config = getattr(model, "config", None)
+    encoder = model.get_encoder() if getattr(config, "is_encoder_decoder", False) else None
+    in_encoder = set(encoder.modules()) if encoder is not None else set()
+    for module in model.modules():
+        if isinstance(module, (layer_cls, AuxiliaryTrainingWrapper)):
+            yield module, module in in_encoder
+
+
 # --- transformers 5.23: no public way to say that injected adapters are gone once their layers were merged ------------
 # Can go when PreTrainedModel offers one (delete_adapter needs the layers to be still there).
 def forget_injected_adapters(model: nn.Module) -> None:
@@ -71,7 +104,7 @@ def is_registered_quantization(name: str, config_cls: type) -> bool:
 def names_in_model(model, names) -> dict[str, str]:
     """Names that checkpoint tensors get in `model`: what the loader of Transformers does to each name.
 
-    `weight_idx` is treated as a tensor of every module that has a `weight`, whether or not it is packed yet.
+    Leaves called `weight_...` (`weight_idx`) are treated as tensors of every module that has a `weight`, packed or not yet.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -80,7 +113,9 @@ def names_in_model(model, names) -> dict[str, str]:
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     known = dict(model.state_dict())
-    known.update({f"{name}_idx": tensor for name, tensor in known.items() if name.endswith(".weight")})
+    beside = {leaf for name in names if (leaf := name.rpartition(".")[2]).startswith("weight_")}
+    weights = [(name, tensor) for name, tensor in known.items() if name.endswith(".weight")]
+    known.update({name.removesuffix("weight") + leaf: tensor for name, tensor in weights for leaf in beside})
     found = {}
     for name in sorted(names, key=dot_natural_key):  # in the loader's order, because some renamings keep state
         renamed, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
@@ -133,3 +168,16 @@ def whole_tensor(model, name: str, tensor):
     if tensor.is_meta:
         return load_offloaded_parameter(model, name)
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+# --- peft 0.21: adapters can only be switched off together with requires_grad -----------------------------------------
+# Can go when `enable_adapters` of tuner layers and auxiliary wrappers leaves requires_grad alone on request.
+@contextlib.contextmanager
+def adapter_off(module: nn.Module) -> Iterator[None]:
+    """For the time of the context a tuner layer or an auxiliary wrapper answers as what it wraps."""
+    before = module._disable_adapters
+    module._disable_adapters = True
+    try:
+        yield
+    finally:
+        module._disable_adapters = before

@@ -147,29 +147,29 @@ class TokenWindows(Dataset):
 
 
 def calibration_batches(
-    calibration: torch.Tensor | Iterable[Mapping[str, torch.Tensor]] | Iterable[str],
+    calibration: torch.Tensor | Mapping[str, Any] | Iterable[Mapping[str, Any]] | Iterable[str],
     tokenizer: Any = None,
     sequence_length: int = 512,
     batch_size: int = 8,
-) -> Iterator[dict[str, torch.Tensor]]:
+) -> Iterator[dict[str, Any]]:
     """Give model inputs from any form of calibration data. Wrong input is refused at the call, not at the first batch.
 
     Args:
-        calibration: integers `[samples, sequence]`, an iterable of model inputs (dicts, passed on as they are), or
-            texts.
+        calibration: integers `[samples, sequence]`, model inputs (a dict, as processors and tokenizers give) or an
+            iterable of them, passed on as they are, or texts.
         tokenizer (*optional*): needed for texts, which become windows of `sequence_length` that follow one another.
         sequence_length (`int`): tokens a window; for texts only.
         batch_size (`int`): windows a batch; for tokens and texts only.
 
     Returns:
-        Iterator of dicts of tensors, to be passed to the model by name.
+        Iterator of dicts, to be passed to the model by name.
 
     Raises:
         ConfigError: if there is nothing to calibrate on, or it is of another kind.
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size={batch_size}; expected at least 1")
-    if isinstance(calibration, str):
+    if isinstance(calibration, (str, Mapping)):
         calibration = [calibration]
     if not isinstance(calibration, torch.Tensor):
         if not isinstance(calibration, Iterable):
@@ -209,7 +209,7 @@ _CALIBRATION = (
 )
 
 
-def _model_inputs(item: Any) -> dict[str, torch.Tensor]:
+def _model_inputs(item: Any) -> dict[str, Any]:
     if not isinstance(item, Mapping):
         raise ConfigError(f"calibration mixes dicts with {_kind(item)}; {_CALIBRATION}")
     return dict(item)

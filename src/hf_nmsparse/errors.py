@@ -28,3 +28,7 @@ class UnsupportedError(NMSparseError, TypeError):
 
 class ScheduleError(NMSparseError, RuntimeError):
     """Mask training was run without being told the optimizer step."""
+
+
+class HubError(NMSparseError, OSError):
+    """A repo on the Hub cannot be read or written: absent, forbidden, changed meanwhile, or out of reach."""

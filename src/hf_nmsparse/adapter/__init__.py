@@ -1,23 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 """The PEFT method: learnable n:m masks on a frozen model."""
 
-from .._compat import register_peft_method_once
+from .._compat import check_before_merging, register_peft_method_once
+from .base_weight import BaseWeight, base_weights
 from .config import NMSparseConfig
-from .layer import NMSparseLayer, NMSparseLinear
-from .model import NMSparseModel, mask_layers, set_mask_step
+from .layer import NMSparseLayer
+from .linear import NMSparseLinear, ParamWrapper
+from .model import NMSparseModel, mask_layers, refuse_to_merge_over_a_mask, set_mask_step
+from .terms import TERM_CONTAINERS, term_shapes
 
 
 def register() -> None:
     """Make `NMSPARSE` a PEFT method. Safe to call again."""
     register_peft_method_once("nmsparse", NMSparseConfig, NMSparseModel)
+    check_before_merging(refuse_to_merge_over_a_mask)
 
 
 __all__ = [
+    "TERM_CONTAINERS",
+    "BaseWeight",
     "NMSparseConfig",
     "NMSparseLayer",
     "NMSparseLinear",
     "NMSparseModel",
+    "ParamWrapper",
+    "base_weights",
     "mask_layers",
     "register",
     "set_mask_step",
+    "term_shapes",
 ]

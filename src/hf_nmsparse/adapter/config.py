@@ -33,9 +33,20 @@ class NMSparseConfig(PeftConfig):
         magnitude_regularization (`float`): lambda of the term that rewards keeping large weights; decays to 0.
         resample (`str`): `"micro"`, a fresh mask each micro-step, or `"step"`, one mask per optimizer step.
         seed (`int`): seed of the mask noise.
+        slorb_block (`int`, *optional*): k: adds SLoRB beside the mask, one value per row and block of k inputs (AST,
+            arXiv 2407.20584). Merging it gives a dense weight; `nms.compress` keeps it beside the packed one.
+        slorb_init (`str`): `"mean"` or `"sum"` of the pruned weights of each block, renewed with each prior; or
+            `"closed_form"`: starts at zero and waits for `nms.fit_side_branch`.
+        slorb_train_projection (`bool`): train SLoRB's projection too (then it is a low-rank term of rank in/k).
+        low_rank (`int`, *optional*): r: adds a low-rank term beside the mask, `y += (x A^T) B^T`; see
+            `nms.fit_side_branch`.
+        delta_rank (`int`, *optional*): r: trains the kept weights by `(W + B A) * M`; merging it is exactly n:m.
         dense_layers (`list[str]`, *optional*): layers to leave unpruned: a full module name or any run of its parts
             ("down_proj", "mlp.up_proj", "layers.0").
-        target_modules (`list[str]` or `str`, *optional*): as in PEFT; `None`: all linear layers but the output head.
+        target_modules (`list[str]` or `str`, *optional*): as in PEFT; `None`: all linear layers of the blocks, and their
+            fused experts.
+        target_parameters (`list[str]`, *optional*): fused expert weights (`[experts, out, in]`), as in PEFT:
+            "mlp.experts.gate_up_proj".
         exclude_modules, modules_to_save, layers_to_transform, layers_pattern, trainable_token_indices: as in PEFT.
         init_weights (`bool`): `False` gives random logits, for tests.
         format_version (`int`): version of the stored tensors; a newer one is refused.
@@ -57,8 +68,14 @@ class NMSparseConfig(PeftConfig):
     magnitude_regularization: float = field(default=1e-5, metadata={"help": "reward for keeping large weights"})
     resample: Literal["micro", "step"] = field(default="micro", metadata={"help": "how often masks are drawn"})
     seed: int = field(default=0, metadata={"help": "seed of the mask noise"})
+    slorb_block: int | None = field(default=None, metadata={"help": "inputs per block of the SLoRB side branch"})
+    slorb_init: Literal["mean", "sum", "closed_form"] = field(default="mean", metadata={"help": "how SLoRB starts"})
+    slorb_train_projection: bool = field(default=False, metadata={"help": "train SLoRB's projection"})
+    low_rank: int | None = field(default=None, metadata={"help": "rank of the term beside the mask"})
+    delta_rank: int | None = field(default=None, metadata={"help": "rank of the change of the kept weights"})
     dense_layers: list[str] | None = field(default=None, metadata={"help": "layers kept unpruned"})
     target_modules: list[str] | str | None = field(default=None, metadata={"help": "layers to prune, as in PEFT"})
+    target_parameters: list[str] | None = field(default=None, metadata={"help": "fused expert weights to prune"})
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "layers to skip, as in PEFT"})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "modules trained beside the mask"})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "block indices to prune"})
@@ -78,6 +95,7 @@ class NMSparseConfig(PeftConfig):
         self.temperature = _pair("temperature", self.temperature)
         self.logit_scale = _pair("logit_scale", self.logit_scale)
         self._check_values()
+        self._check_terms()
         self._check_targets()
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
@@ -96,7 +114,12 @@ class NMSparseConfig(PeftConfig):
             )
 
     def _check_values(self) -> None:
-        for name, allowed in (("mask_format", ("logits", "packed")), ("resample", ("micro", "step"))):
+        choices = {
+            "mask_format": ("logits", "packed"),
+            "resample": ("micro", "step"),
+            "slorb_init": ("mean", "sum", "closed_form"),
+        }
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(map(repr, allowed))}")
         if not _is_number(self.prior_strength) or self.prior_strength <= 0:
@@ -110,6 +133,14 @@ class NMSparseConfig(PeftConfig):
                 f"dense_layers must be a list of names, got the string {self.dense_layers!r}; write [{self.dense_layers!r}]"
             )
 
+    def _check_terms(self) -> None:
+        for name in ("slorb_block", "low_rank", "delta_rank"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ConfigError(f"{name}={value!r} must be a positive integer, or None for no such term")
+        if self.slorb_train_projection and self.slorb_block is None:
+            raise ConfigError("slorb_train_projection=True needs slorb_block, the number of inputs in a block")
+
     def _check_targets(self) -> None:
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
             for name in ("layers_to_transform", "layers_pattern"):
@@ -117,8 +148,18 @@ class NMSparseConfig(PeftConfig):
                     raise ConfigError(
                         f"{name} cannot be used when target_modules is a regular expression; use a list of names"
                     )
+        if isinstance(self.target_parameters, str):
+            raise ConfigError(
+                f"target_parameters must be a list of names, got the string {self.target_parameters!r}; write "
+                f"[{self.target_parameters!r}]"
+            )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError("layers_pattern needs layers_to_transform, the block indices to prune")
+
+    @property
+    def has_side_branch(self) -> bool:
+        """Whether a term beside the mask is computed, which no n:m weight can hold."""
+        return self.slorb_block is not None or self.low_rank is not None
 
 
 def _is_number(value: object) -> bool:

@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tuner layer: a frozen linear layer whose weight is seen through a learnable or published mask."""
+"""The tuner layer: a frozen weight seen through learnable or published masks."""
 
 from __future__ import annotations
 
 import contextlib
 import warnings
 from collections.abc import Iterator
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
@@ -20,7 +18,9 @@ from ..fingerprint import FINGERPRINT_BYTES, digest, fingerprint, rounding_hint,
 from ..ops import NoiseKey
 from ..pattern import NMPattern
 from ..relaxations import Moment, Relaxation, get_relaxation, sampling_state
+from .base_weight import BaseWeight
 from .config import NMSparseConfig
+from .terms import TERM_CONTAINERS, fresh_terms, side_branch, slorb_of_residual, with_delta
 
 
 class MaskParameter(nn.Module):
@@ -39,9 +39,12 @@ class MaskParameter(nn.Module):
 
 
 class NMSparseLayer(BaseTunerLayer):
-    """State and arithmetic of the masks on one linear layer. Several active masks act as their intersection."""
+    """State and arithmetic of the masks on one weight. Several active masks act as their intersection.
 
-    adapter_layer_names = ("nmsparse_logits",)
+    W~ = (W + sum of deltas) * M1 * M2 ...          y = x W~^T + side branches(x) + bias
+    """
+
+    adapter_layer_names = ("nmsparse_logits", *TERM_CONTAINERS)
     other_param_names = (
         "nmsparse_packed",
         "nmsparse_base",
@@ -53,10 +56,12 @@ class NMSparseLayer(BaseTunerLayer):
         "verified",
     )
 
-    def __init__(self, base_layer: nn.Module, module_name: str) -> None:
+    def __init__(self, base_layer: nn.Module, module_name: str, parameter_name: str = "weight") -> None:
         self.base_layer = base_layer
         self.module_name = module_name
-        self.nmsparse_logits = nn.ModuleDict({})
+        self.parameter_name = parameter_name
+        for container in self.adapter_layer_names:
+            setattr(self, container, nn.ModuleDict({}))
         self.nmsparse_packed = BufferDict({}, persistent=True)
         self.nmsparse_base = BufferDict({}, persistent=True)
         self.nmsparse_digest = BufferDict({}, persistent=True)
@@ -68,47 +73,59 @@ class NMSparseLayer(BaseTunerLayer):
         self.verified: dict[str, list[tuple[torch.Tensor, int]]] = {}
         self._disable_adapters = False
         self.merged_adapters = []
-        self._weight_before_merge: torch.Tensor | None = None
-        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        self._before_merge: nn.Parameter | torch.Tensor | None = None
+        self.out_features, self.in_features = self.base_weight.shape
+
+    @property
+    def base_weight(self) -> BaseWeight:
+        """The weight under the masks."""
+        return BaseWeight(self.get_base_layer(), self.parameter_name, self.quantization_backend)
 
     # --- bookkeeping ------------------------------------------------------------------------------------------------
-    def _get_available_adapters(
-        self,
-    ) -> set[str]:  # PEFT looks at trainable containers only, and would miss packed masks
-        return set(self.configs)
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.configs)  # PEFT looks at trainable containers only, and would miss packed masks
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT casts to the base dtype here. bfloat16 logits lose most updates and flip masks, so only the device changes.
-        device = device or self.get_base_layer().weight.device
+        device = device or self.base_weight.stored.device
         if device.type == "meta":
             return
-        for container in (self.nmsparse_logits, self.nmsparse_packed, self.nmsparse_base, self.nmsparse_digest):
+        for container in self._containers():
             if adapter_name in container:
                 item = container[adapter_name]
                 tensor = item.weight if isinstance(item, nn.Module) else item
                 if not tensor.is_meta:
                     container[adapter_name] = item.to(device)
 
+    def _containers(self) -> list[nn.ModuleDict | BufferDict]:
+        buffers = (self.nmsparse_packed, self.nmsparse_base, self.nmsparse_digest)
+        return [getattr(self, name) for name in self.adapter_layer_names] + list(buffers)
+
     def update_layer(self, adapter_name: str, config: NMSparseConfig) -> None:
         """Add the adapter `adapter_name` to this layer."""
         pattern = NMPattern(config.pattern)
-        relaxation = get_relaxation(config.relaxation)(pattern, NoiseKey.for_layer(config.seed, self.module_name))
-        weight = self.get_base_layer().weight
+        key = NoiseKey.for_layer(config.seed, self.module_name)
+        relaxation = get_relaxation(config.relaxation)(pattern, key)
+        base = self.base_weight
+        weight = base.read()
+        parameters = fresh_terms(config, weight, key, base.num_experts)
         if config.mask_format == "packed":
             width = pattern.packed_row_bytes(self.in_features)
             self.nmsparse_packed[adapter_name] = torch.zeros(self.out_features, width, dtype=torch.uint8)
             self.nmsparse_digest[adapter_name] = torch.zeros(FINGERPRINT_BYTES, dtype=torch.uint8)
-            base = None  # arrives with the codes
+            stamp = None  # arrives with the codes
         else:
-            parameters = relaxation.parameters(weight, config)
-            for container, value in parameters.items():
-                getattr(self, container)[adapter_name] = MaskParameter(value)
-            base = fingerprint(weight)
-        self.nmsparse_base[adapter_name] = torch.zeros(FINGERPRINT_BYTES, dtype=torch.uint8) if base is None else base
+            parameters |= relaxation.parameters(weight, config)
+            stamp = base.fingerprint()
+        for container, value in parameters.items():
+            getattr(self, container)[adapter_name] = MaskParameter(value)
+        self.nmsparse_base[adapter_name] = (
+            torch.zeros(FINGERPRINT_BYTES, dtype=torch.uint8) if stamp is None else stamp
+        )
         self.configs[adapter_name] = config
         self.relaxations[adapter_name] = relaxation
         self.verified.pop(adapter_name, None)
-        if self._wants_magnitude_prior(adapter_name):
+        if self._wants_magnitude_prior(adapter_name, weight):
             mask = ops.top_n_mask(weight.detach().abs().float(), pattern)
             self.set_prior_codes(adapter_name, ops.mask_to_codes(mask, pattern))
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -120,14 +137,24 @@ class NMSparseLayer(BaseTunerLayer):
             if adapter_name in getattr(self, container):
                 del getattr(self, container)[adapter_name]
 
-    def _wants_magnitude_prior(self, adapter_name: str) -> bool:
+    def _wants_magnitude_prior(self, adapter_name: str, weight: torch.Tensor) -> bool:
         config = self.configs[adapter_name]
-        loading = config.inference_mode or self.get_base_layer().weight.is_meta
+        parameters = self._parameters_of(adapter_name).values()
+        # Not while loading: it costs a pass over the weight, and the logits are about to be replaced.
+        loading = config.inference_mode or weight.is_meta or any(value.is_meta for value in parameters)
         return config.mask_format == "logits" and config.init_weights and config.prior == "magnitude" and not loading
 
     def set_prior_codes(self, adapter_name: str, codes: torch.Tensor) -> None:
-        """Start the logits of an adapter from a mask, given as codes `[out, groups]`."""
-        self.relaxations[adapter_name].set_prior(self._parameters_of(adapter_name), codes, self.configs[adapter_name])
+        """Start the logits of an adapter from a mask, given as codes `[out, groups]`, and SLoRB from what it prunes."""
+        config, relaxation = self.configs[adapter_name], self.relaxations[adapter_name]
+        parameters = self._parameters_of(adapter_name)
+        relaxation.set_prior(parameters, codes, config)
+        if "nmsparse_slorb" in parameters and config.slorb_init != "closed_form" and config.init_weights:
+            mask = ops.codes_to_mask(codes, relaxation.pattern, self.in_features)
+            removed = self.base_weight.read().detach().masked_fill(mask, 0)
+            with torch.no_grad():
+                slorb = slorb_of_residual(-removed, config.slorb_block, config.slorb_init)
+                parameters["nmsparse_slorb"].copy_(slorb)
 
     @contextlib.contextmanager
     def masks_off(self) -> Iterator[None]:
@@ -156,6 +183,10 @@ class NMSparseLayer(BaseTunerLayer):
             ConfigError: if logits were never initialised.
             BaseModelMismatchError: if the base weight is another one.
         """
+        if torch.compiler.is_compiling():
+            if adapter_name not in self.verified:
+                self._verify_uncompiled(adapter_name)
+            return
         tensors = [self.nmsparse_base[adapter_name]]
         if adapter_name in self.nmsparse_packed:
             tensors += [self.nmsparse_packed[adapter_name], self.nmsparse_digest[adapter_name]]
@@ -166,7 +197,7 @@ class NMSparseLayer(BaseTunerLayer):
             return
         if adapter_name in self.nmsparse_packed:
             self._verify_codes(adapter_name)
-        elif not any(bool(value.any()) for value in self._parameters_of(adapter_name).values()):
+        elif not bool(self.nmsparse_logits[adapter_name].weight.any()):
             prior = self.configs[adapter_name].prior
             raise ConfigError(
                 f"{self.module_name}: adapter {adapter_name!r} has no logits yet (its prior is {prior!r}); call "
@@ -175,18 +206,24 @@ class NMSparseLayer(BaseTunerLayer):
         self._verify_base(adapter_name)
         self.verified[adapter_name] = mark
 
+    @torch.compiler.disable(
+        reason="a mask is checked once before its first use; call the model once before fullgraph=True"
+    )
+    def _verify_uncompiled(self, adapter_name: str) -> None:
+        self.verify(adapter_name)
+
     def check_usable(self, adapter_name: str) -> None:
-        """`verify`, and that every logit is finite: the largest of NaNs would be an arbitrary but valid mask.
+        """`verify`, and that every logit and term is finite: the largest of NaNs would be an arbitrary but valid mask.
 
         Raises:
             ConfigError: with PEFT's own words, on NaN or infinity.
         """
         self.verify(adapter_name)
-        for value in self._parameters_of(adapter_name).values():
+        for container, value in self._parameters_of(adapter_name).items():
             if not bool(value.isfinite().all()):
                 raise ConfigError(
                     f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: "
-                    f"{self.module_name}: {int((~value.isfinite()).sum())} logits are not finite. Go back to an earlier "
+                    f"{self.module_name}: {int((~value.isfinite()).sum())} values of {container} are not finite. Go back to an earlier "
                     "checkpoint, and lower the learning rate"
                 )
 
@@ -207,8 +244,8 @@ class NMSparseLayer(BaseTunerLayer):
 
     def _verify_base(self, adapter_name: str) -> None:
         stored = self.nmsparse_base[adapter_name].cpu()
-        pristine = self._weight_before_merge if self._weight_before_merge is not None else self.get_base_layer().weight
-        found = fingerprint(pristine)
+        pristine = self._pristine()
+        found = None if self.quantization_backend is not None else fingerprint(pristine)
         if found is None or not bool(stored.any()) or self.allow_base_mismatch or torch.equal(found, stored):
             return
         config = self.configs[adapter_name]
@@ -240,52 +277,106 @@ class NMSparseLayer(BaseTunerLayer):
 
     def set_moment(self, adapter_name: str, moment: Moment | None) -> None:
         """Tell an adapter where training stands; `None` forgets it."""
-        self.states.pop(adapter_name, None)
         if moment is None:
             self.moments.pop(adapter_name, None)
+            self.states.pop(adapter_name, None)
         else:
             self.moments[adapter_name] = moment
+            # Made here and not in forward: torch.compile would take its numbers for constants.
+            device = self.base_weight.stored.device
+            self.states[adapter_name] = sampling_state(self.configs[adapter_name], moment, device)
 
     def _state(self, adapter_name: str, training: bool) -> ops.SamplingState:
-        moment = self.moments.get(adapter_name)
-        if training and moment is None:
+        if training and adapter_name not in self.moments:
             raise ScheduleError(
                 f"{self.module_name}: adapter {adapter_name!r} is training but does not know the optimizer step, which "
                 "its schedule and its noise depend on; add callbacks=[nms.MaskScheduleCallback()] to the Trainer, or in "
                 "your own loop call nms.set_mask_step(model, step, max_steps) before each forward pass"
             )
-        device = self.get_base_layer().weight.device
+        device = self.base_weight.stored.device
         state = self.states.get(adapter_name)
         if state is None or state.step.device != device:
-            state = sampling_state(self.configs[adapter_name], moment, device)
+            state = sampling_state(self.configs[adapter_name], self.moments.get(adapter_name), device)
             self.states[adapter_name] = state
         return state
 
-    def _masked(self, weight: torch.Tensor, adapter_name: str) -> torch.Tensor:
+    def is_sampling(self, adapter_name: str) -> bool:
+        """Whether the adapter's mask is soft and noisy now: its logits are in training."""
+        # Not torch.is_grad_enabled(): reentrant checkpointing runs its first forward without gradients.
+        if not self.training or adapter_name not in self.nmsparse_logits:
+            return False
+        return self.nmsparse_logits[adapter_name].weight.requires_grad
+
+    def _masked(self, weight: torch.Tensor, adapter_name: str, parameters: dict[str, torch.Tensor]) -> torch.Tensor:
         if adapter_name not in self.nmsparse_logits:
             return torch.where(self.hard_mask(adapter_name), weight, weight.new_zeros(()))
         self.verify(adapter_name)
-        parameters = self._parameters_of(adapter_name)
-        # Not torch.is_grad_enabled(): reentrant checkpointing runs its first forward without gradients.
-        training = self.training and any(value.requires_grad for value in parameters.values())
-        state = self._state(adapter_name, training)
-        return self.relaxations[adapter_name].effective_weight(weight, parameters, state, hard=not training)
+        sampling = self.is_sampling(adapter_name)
+        state = self._state(adapter_name, sampling)
+        return self.relaxations[adapter_name].effective_weight(weight, parameters, state, hard=not sampling)
 
-    def effective_weight(self, adapter_names: list[str]) -> torch.Tensor:
-        """The base weight under the masks of `adapter_names`, `[out, in]`: soft while they train, else exactly n:m."""
-        weight = self.get_base_layer().weight
-        for adapter_name in adapter_names:
-            weight = self._masked(weight, adapter_name)
+    def effective_weight(self, adapter_names: list[str], weight: torch.Tensor | None = None) -> torch.Tensor:
+        """The base weight under deltas and masks, `[out, in]`: soft while masks train, else exactly n:m.
+
+        Args:
+            adapter_names (`list[str]`): which adapters.
+            weight (`torch.Tensor`, *optional*): taken instead of the base weight.
+        """
+        weight = self.base_weight.read() if weight is None else weight
+        parameters = {name: self._parameters_of(name) for name in adapter_names}
+        for name in adapter_names:  # all deltas before the first mask, so that none writes on pruned positions
+            weight = with_delta(weight, parameters[name])
+        for name in adapter_names:
+            weight = self._masked(weight, name, parameters[name])
         return weight
 
+    def side_branch(self, adapter_names: list[str]) -> ops.SideBranch | None:
+        """What the adapters add beside the masked weight, if anything."""
+        branch = None
+        for name in adapter_names:
+            if (own := side_branch(self._parameters_of(name), self.configs[name])) is not None:
+                branch = own if branch is None else branch + own
+        return branch
+
+    def hard_weight(self, adapter_names: list[str]) -> torch.Tensor:
+        """The weight that is left of the unmerged base weight under deltas and hard masks, exactly n:m, `[out, in]`."""
+        weight = self._pristine()
+        for name in adapter_names:
+            weight = with_delta(weight, self._parameters_of(name))
+        for name in adapter_names:
+            weight = torch.where(self.hard_mask(name), weight, weight.new_zeros(()))
+        return weight
+
+    def adapters_in_use(self) -> list[str]:
+        """The merged adapters, else the active ones, of those this layer carries."""
+        return [name for name in self.merged_adapters or self.active_adapters if name in self.configs]
+
     # --- merge ------------------------------------------------------------------------------------------------------
+    def _pristine(self) -> torch.Tensor:
+        """The base weight as it was before any merge, `[out, in]`."""
+        if self._before_merge is None:
+            return self.base_weight.read()
+        if self.quantization_backend is None:
+            return self._before_merge
+        merged = self.get_base_layer().weight
+        self.get_base_layer().weight = self._before_merge
+        try:
+            return self.base_weight.read()
+        finally:
+            self.get_base_layer().weight = merged
+
     @torch.no_grad()
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+    def merge(
+        self, safe_merge: bool = False, adapter_names: list[str] | None = None, with_side_branch: bool = True
+    ) -> None:
         """Write the hard masks into the base weight: kept weights stay bit-equal, pruned ones become +0.
+
+        Deltas and side branches are written too; with a side branch the weight is dense afterwards.
 
         Args:
             safe_merge (`bool`): refuse weights that are not finite; logits that are not are always refused.
             adapter_names (`list[str]`, *optional*): adapters to merge; the active ones by default.
+            with_side_branch (`bool`): False leaves the side branch out, for callers that keep it elsewhere.
 
         Raises:
             ValueError: with PEFT's own message, on NaN or infinity.
@@ -293,53 +384,42 @@ class NMSparseLayer(BaseTunerLayer):
         adapter_names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.configs]
         if not adapter_names:
             return
-        pristine = self._weight_before_merge if self._weight_before_merge is not None else self.get_base_weight()
-        merged = pristine
-        for name in [*self.merged_adapters, *adapter_names]:
-            merged = torch.where(self.hard_mask(name), merged, merged.new_zeros(()))
+        names = [*self.merged_adapters, *adapter_names]
+        merged = self.hard_weight(names)
+        if with_side_branch and (branch := self.side_branch(names)) is not None:
+            merged = (merged.float() + branch.dense(self.in_features).float()).to(merged.dtype)
         if safe_merge and not bool(merged.isfinite().all()):
             raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter_names[0]} seems to be broken")
-        self._weight_before_merge = pristine
-        self.set_base_weight(merged)
+        self._write(merged)
         self.merged_adapters.extend(adapter_names)
 
+    def _write(self, weight: torch.Tensor) -> None:
+        """Make `weight` (`[out, in]`) the base weight, and keep what was there before the first merge."""
+        base = self.base_weight
+        if self.quantization_backend is not None:
+            if self._before_merge is None:
+                self._before_merge = base.stored  # quantising again would not give the same bytes
+            self.set_base_weight(weight)
+            return
+        if self._before_merge is None:
+            self._before_merge = base.read().detach()
+        base.stored.data = base.restore(weight).contiguous()
+
+    @torch.no_grad()
     def unmerge(self) -> None:
         """Put the base weight back as it was before the first merge, bit for bit."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         # PEFT unmerges all adapters of a layer at once, so the weight before the first merge is the right one.
-        self.set_base_weight(self._weight_before_merge.to(self.get_base_layer().weight.device))
-        self._weight_before_merge = None
+        base = self.base_weight
+        if self.quantization_backend is not None:
+            base.module.weight = self._before_merge
+        else:
+            base.stored.data = base.restore(self._before_merge).to(base.stored.device)
+        self._before_merge = None
         self.merged_adapters.clear()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """A mask is no low-rank update."""
         return False
-
-
-class NMSparseLinear(nn.Module, NMSparseLayer):
-    """A linear layer under masks. ("Linear" in the name: PEFT's `all-linear` finds tuner layers by class name.)"""
-
-    def __init__(self, base_layer: nn.Linear, module_name: str, adapter_name: str, config: NMSparseConfig) -> None:
-        super().__init__()
-        NMSparseLayer.__init__(self, base_layer, module_name)
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config)
-        # A new module starts in training mode; added to a model in eval mode it would sample masks there.
-        self.train(base_layer.training)
-
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """`x` `[..., in]` -> `[..., out]`."""
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
-        active = [name for name in self.active_adapters if name in self.configs]
-        if self.merged or not active:
-            return self.base_layer(x, *args, **kwargs)
-        weight = self.effective_weight(active)
-        return F.linear(self._cast_input_dtype(x, weight.dtype), weight, self.base_layer.bias)
-
-    def __repr__(self) -> str:
-        return "nmsparse." + super().__repr__()

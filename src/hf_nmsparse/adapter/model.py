@@ -3,18 +3,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import logging
 import re
-from typing import Any, ClassVar
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.utils import get_quantization_kwargs
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
+from .. import _compat
 from ..criteria import name_matches
 from ..errors import ConfigError, FormatError, UnsupportedError
 from ..relaxations import Moment
+from .base_weight import base_weights, expert_base_weight, linear_base_weight
+from .combine import combined_adapter
 from .config import NMSparseConfig
-from .layer import NMSparseLayer, NMSparseLinear
+from .layer import NMSparseLayer
+from .linear import BASE, NMSparseLinear, ParamWrapper
+
+logger = logging.getLogger(__name__)
 
 
 class NMSparseModel(BaseTuner):
@@ -30,29 +43,58 @@ class NMSparseModel(BaseTuner):
     tuner_layer_cls = NMSparseLayer
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
-    def _prepare_adapter_config(self, peft_config: NMSparseConfig, model_config: dict) -> NMSparseConfig:
-        if peft_config.target_modules is None:
-            peft_config.target_modules = "all-linear"
-        return peft_config
-
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As in PEFT, but checked first, and a refusal half-way leaves the model as it was."""
         # PEFT's own hooks run for the first adapter only; this runs for every one.
         config = self.peft_config[adapter_name]
         self._check_config(model, config, adapter_name)
+        self._resolve_targets(model, config)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-        except Exception:
-            for name, module in list(model.named_modules()):
+        except BaseException:  # an interruption too
+            for name, module in reversed(list(model.named_modules())):
                 if isinstance(module, NMSparseLayer) and adapter_name in module.configs:
                     module.drop_adapter(adapter_name)
                     if not module.configs:
                         model.set_submodule(name, module.base_layer)
             raise
+        layers = mask_layers(model, adapter_name)
         if config.mask_format == "packed":  # PEFT shortens long lists; a published mask names its layers in full
-            config.target_modules = set(mask_layers(model, adapter_name))
+            config.target_modules = {name for name, layer in layers.items() if isinstance(layer, NMSparseLinear)}
+        _compare_base_names(model, config, adapter_name, layers)
         if hasattr(model, "add_model_tags"):
             model.add_model_tags(["nmsparse", config.pattern])
+
+    def _resolve_targets(self, model: nn.Module, config: NMSparseConfig) -> None:
+        """Full names in place of defaults: the linear layers of the blocks, and the fused experts."""
+        weights = base_weights(model)
+        experts = [name for name, base in weights.items() if base.is_fused_experts]
+        wanted = config.target_parameters
+        if config.target_modules is None:
+            prefixes = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
+            inside = {
+                name.replace(".base_layer", "")
+                for name, module in model.named_modules()
+                if isinstance(module, (nn.Linear, Conv1D)) and name.startswith(prefixes)
+            }
+            config.target_modules = inside or "all-linear"
+            wanted = experts if wanted is None else wanted
+        if wanted:
+            named = [name for name in weights if any(f".{name}".endswith(f".{entry}") for entry in wanted)]
+            kept = [name for name in named if self._is_target(config, name)]
+            config.target_parameters = kept if named else wanted  # else PEFT says that nothing matches
+        elif experts and wanted is None:
+            logger.warning(
+                "%d fused expert weights stay dense, first %s; add target_parameters=[...] to prune them",
+                len(experts),
+                experts[0],
+            )
+
+    def _is_target(self, config: NMSparseConfig, name: str) -> bool:
+        """Whether the fields that narrow the targets let the parameter `name` through."""
+        alone = copy.copy(config)
+        alone.target_modules = {name}
+        return bool(self._check_target_module_exists(alone, name))
 
     def _check_config(self, model: nn.Module, config: NMSparseConfig, adapter_name: str) -> None:
         if config.mask_format == "packed" and not config.inference_mode:
@@ -73,10 +115,18 @@ class NMSparseModel(BaseTuner):
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
         # Every layer before the first is merged, so that nothing is half merged.
+        dense = set()
         for layer in mask_layers(self.model).values():
             for name in layer.active_adapters:
                 if name in layer.configs:
                     layer.check_usable(name)
+                    dense |= {name} if layer.configs[name].has_side_branch else set()
+        if dense:
+            warnings.warn(
+                f"adapter {', '.join(sorted(dense))} has a term beside its mask (slorb_block, low_rank): merged weights are "
+                "dense. nms.compress(model) keeps the term beside packed 2:4 weights",
+                stacklevel=3,
+            )
 
     @staticmethod
     def _check_target_module_exists(peft_config: NMSparseConfig, key: str):
@@ -100,28 +150,93 @@ class NMSparseModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        if isinstance(target, NMSparseLayer):
+        if isinstance(target, NMSparseLayer) and parameter_name in (None, target.parameter_name):
             target.update_layer(adapter_name, peft_config)
             return
-        if isinstance(target, BaseTunerLayer):
+        if isinstance(target, BaseTunerLayer) and not isinstance(target, ParamWrapper):
             raise UnsupportedError(
                 f"{current_key} already carries a {type(target).__name__} adapter; add the mask first and the other "
                 "adapter on top, or merge the other adapter into the base"
             )
-        if type(target) is not nn.Linear:
-            raise UnsupportedError(
-                f"{current_key} is a {type(target).__module__}.{type(target).__name__}; masks go on torch.nn.Linear. "
-                "Leave it out with exclude_modules, or decompress the model first if it is packed"
-            )
-        if shared := [name for name in self._weight_owners.get(id(target.weight), ()) if name != current_key]:
-            raise UnsupportedError(
-                f"{current_key} shares its weight with {shared[0]}; a mask on it would prune both. Leave it out with "
-                "exclude_modules, or untie the two"
-            )
-        new_module = NMSparseLinear(target, current_key, adapter_name, peft_config)
+        if parameter_name is not None:
+            module = target.get_base_layer() if isinstance(target, ParamWrapper) else target
+            base = expert_base_weight(module, parameter_name, current_key)
+            new_module = ParamWrapper(target, base, current_key, adapter_name, peft_config)
+        else:
+            base = linear_base_weight(target, current_key, **get_quantization_kwargs(self))
+            if shared := [name for name in self._weight_owners.get(id(base.stored), ()) if name != current_key]:
+                raise UnsupportedError(
+                    f"{current_key} shares its weight with {shared[0]}; a mask on it would prune both. Leave it out with "
+                    "exclude_modules, or untie the two"
+                )
+            new_module = NMSparseLinear(base, current_key, adapter_name, peft_config)
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT's own version also moves tensors to the device of `child.weight`, which experts lack; layers of ours are
+        # on the right device already.
+        setattr(parent, child_name, new_module)
+
+    # --- several adapters -------------------------------------------------------------------------------------------
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Hands `adapter_names` of a mixed batch, one for each sample, to every layer."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ConfigError(
+                "adapter_names works in eval mode only; call model.eval(), or train one adapter at a time"
+            )
+        known = {name for layer in mask_layers(self.model).values() for name in layer.configs} | {BASE}
+        if unknown := sorted(set(names) - known):
+            raise ConfigError(
+                f"adapter_names: {', '.join(unknown)} on no layer; the model has {', '.join(sorted(known))}"
+            )
+        beams = kwargs.get("num_beams") or 1
+        with contextlib.ExitStack() as hooks:
+            for module, in_encoder in _compat.modules_taking_adapter_names(self.model, NMSparseLayer):
+                # Beam search repeats every sample, but not in the encoder of an encoder-decoder model.
+                own = list(names) if in_encoder else [name for name in names for _ in range(beams)]
+                handle = module.register_forward_pre_hook(_AddAdapterNames(own), with_kwargs=True)
+                hooks.callback(handle.remove)
+            yield
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: Literal["logits", "votes"] = "logits",
+    ) -> None:
+        """Add an adapter that combines masks of this model.
+
+        Args:
+            adapters (`Sequence[str]`): names of mask adapters of one pattern, on the same layers, without other terms.
+            weights (`Sequence[float]`): one for each.
+            adapter_name (`str`): of the new adapter; it is not made active.
+            combination_type (`str`): `"logits"`, the weighted sum of their logits (a mask that can be trained on); or
+                `"votes"`: each group keeps the n weights with the largest sum of weights of the masks that keep them, equal
+                ones lowest index first (works on published masks; the result is one).
+
+        Raises:
+            ConfigError: if the adapters do not fit together, before anything is added.
+        """
+        config, tensors = combined_adapter(self, adapters, weights, adapter_name, combination_type)
+        self.peft_config[adapter_name] = config
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except BaseException:
+            del self.peft_config[adapter_name]
+            raise
+        with torch.no_grad():
+            for name, layer in mask_layers(self.model, adapter_name).items():
+                for container, value in tensors[name].items():
+                    item = getattr(layer, container)[adapter_name]
+                    (item.weight if isinstance(item, nn.Module) else item).copy_(value)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -135,18 +250,17 @@ class NMSparseModel(BaseTuner):
             )
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         layers = {name: module for name, module in model.named_modules() if isinstance(module, NMSparseLayer)}
-        container = "nmsparse_packed" if config.mask_format == "packed" else "nmsparse_logits"
-        suffix = f".{container}.{adapter_name}" + ("" if config.mask_format == "packed" else ".weight")
-        expected = {name + suffix for name, module in layers.items() if adapter_name in getattr(module, container)}
-        given = {key for key in remapped if f".{container}." in key}
-        if missing := sorted(expected - given):
+        expected = {key: name for name, layer in layers.items() for key in _keys_of(name, layer, adapter_name)}
+        given = {key for key in remapped if ".nmsparse_" in key}
+        if missing := sorted(set(expected) - given):
+            lacking = {expected[key] for key in missing}
             raise FormatError(
-                f"the adapter file lacks {len(missing)} of {len(expected)} layers, first {missing[0].removesuffix(suffix)}; "
-                "it is incomplete or for another model"
+                f"the adapter file lacks {len(lacking)} of {len(layers)} layers, first {missing[0]}; it is incomplete or for "
+                "another model"
             )
-        if surplus := sorted(given - expected):
+        if surplus := sorted(given - set(expected)):
             raise FormatError(
-                f"the adapter file holds {len(surplus)} layers that this model or config does not prune, first "
+                f"the adapter file holds {len(surplus)} tensors that this model or config has no place for, first "
                 f"{surplus[0]}; it is for another model"
             )
         return remapped
@@ -180,6 +294,64 @@ def set_mask_step(model: nn.Module, step: int, max_steps: int, draw: int = 0, ac
                 layer.set_moment(
                     name, Moment(step, max_steps, draw if config.resample == "micro" else 0, accumulation)
                 )
+
+
+class _AddAdapterNames:
+    """A forward pre-hook that passes `adapter_names` on."""
+
+    def __init__(self, adapter_names: list[str]) -> None:
+        self.adapter_names = adapter_names
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        return args, {**kwargs, "adapter_names": self.adapter_names}
+
+
+def refuse_to_merge_over_a_mask(tuner: BaseTuner) -> None:
+    """Called before any PEFT method merges: another adapter above a mask would write below it and drop it.
+
+    Raises:
+        UnsupportedError: naming the layer, with the way out.
+    """
+    for name, module in tuner.model.named_modules():
+        over = isinstance(module, BaseTunerLayer) and not isinstance(module, NMSparseLayer)
+        if over and isinstance(getattr(module, "base_layer", None), NMSparseLayer):
+            raise UnsupportedError(
+                f"{name}: merging this {type(module).__name__} adapter would write it into the weight below the mask and drop "
+                "the mask: the result would be dense. Keep it unmerged; or save it, call unload(), merge or compress the "
+                "mask, and load it again on the sparse model; or train with NMSparseConfig(delta_rank=...), whose merge "
+                "stays n:m"
+            )
+
+
+def _keys_of(name: str, layer: NMSparseLayer, adapter_name: str) -> list[str]:
+    """State dict keys of what a file must hold for one layer of an adapter."""
+    keys = [
+        f"{name}.{container}.{adapter_name}.weight"
+        for container in layer.adapter_layer_names
+        if adapter_name in getattr(layer, container)
+    ]
+    buffers = ("nmsparse_packed", "nmsparse_digest", "nmsparse_base")
+    return keys + [f"{name}.{part}.{adapter_name}" for part in buffers if adapter_name in getattr(layer, part)]
+
+
+def _compare_base_names(
+    model: nn.Module, config: NMSparseConfig, adapter_name: str, layers: dict[str, NMSparseLayer]
+) -> None:
+    """Where base weights have no fingerprint (quantised), their names are all there is to compare."""
+    quantised = [name for name, layer in layers.items() if layer.quantization_backend is not None]
+    here = getattr(getattr(model, "config", None), "_name_or_path", None)
+    made_for = config.base_model_name_or_path
+    if not quantised or not here or not made_for:
+        return
+    logger.warning(
+        "the base weights of %d layers are quantised and cannot be compared with those that mask %r was made for: %r, "
+        "revision %r; this base is %r",
+        len(quantised),
+        adapter_name,
+        made_for,
+        config.revision,
+        here,
+    )
 
 
 def _as_list(value: int | list[int]) -> list[int]:

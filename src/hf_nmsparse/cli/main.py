@@ -16,6 +16,8 @@ from .inspect import inspect
 from .merge import merge
 from .plan import plan
 from .prune import prune
+from .pull import pull
+from .push import push
 from .train import TRAIN_CONTEXT, train
 from .verify import verify
 
@@ -59,6 +61,8 @@ _add("train", train, context_settings=TRAIN_CONTEXT)
 _add("merge", merge)
 _add("compress", compress)
 _add("eval", evaluate)
+_add("push", push)
+_add("pull", pull)
 _add("inspect", inspect)
 _add("verify", verify)
 

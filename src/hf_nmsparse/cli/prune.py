@@ -80,7 +80,7 @@ def prune(
     Salesforce/wikitext:wikitext-2-raw-v1 --output smollm2-wanda
     """
     with verb(json_output) as answer:
-        from ..criteria import find_linears, get_criterion, prune
+        from ..criteria import find_weights, get_criterion, prune
 
         kind = Kind.PACKED if packed else Kind.MODEL
         check_output(output, kind, overwrite, [model])
@@ -89,7 +89,7 @@ def prune(
         if needs_text and calibration is None:
             raise ConfigError(f"criterion {criterion!r} needs calibration text; add --calibration")
         if dry_run:
-            linears = find_linears(empty_model(model), listed(dense_layers))
+            linears = find_weights(empty_model(model), listed(dense_layers))
             _say_dry(answer, output, kind, {name: layer.weight for name, layer in linears.items()})
             return
         loaded = load_model(model, dtype, device)

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
     from .. import NMSparseConfig
-    from ..training import NMSparseTrainer
+    from ..training import Distillation, NMSparseTrainer
 
 TRAIN_CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -81,6 +81,21 @@ LengthOption = Annotated[
         "--sequence-length", min=2, help="Tokens a window; by default 2048, or the model's context if shorter."
     ),
 ]
+DistillOption = Annotated[
+    bool,
+    typer.Option("--distill", help="Follow the dense base too: its predictions teach, for one more forward pass."),
+]
+DistillWeightOption = Annotated[
+    float | None,
+    typer.Option(
+        "--distill-weight",
+        metavar="W",
+        help="Share of the distillation term, in (0, 1]; the text's own loss has 1 - W.",
+    ),
+]
+DistillTemperatureOption = Annotated[
+    float | None, typer.Option("--distill-temperature", metavar="T", help="How soft the compared predictions are.")
+]
 ResumeOption = Annotated[
     bool, typer.Option("--resume", help="Continue from the newest checkpoint in DIR/checkpoints.")
 ]
@@ -98,6 +113,9 @@ def train(
     prior_strength: StrengthOption = 3.0,
     temperature: TemperatureOption = (4.0, 0.05),
     logit_scale: ScaleOption = (100.0, 500.0),
+    distill: DistillOption = False,
+    distill_weight: DistillWeightOption = None,
+    distill_temperature: DistillTemperatureOption = None,
     dense_layers: DenseLayersOption = None,
     sequence_length: LengthOption = None,
     eval_data: EvalDataOption = None,
@@ -135,7 +153,16 @@ def train(
         if checkpoint is not None:
             _check_same(config, checkpoint)
         check_prior(prior)
-        run = TrainingRun(model, data, eval_data, calibration or data, eval_tokens, sequence_length, prior)
+        run = TrainingRun(
+            model,
+            data,
+            eval_data,
+            calibration or data,
+            eval_tokens,
+            sequence_length,
+            prior,
+            distillation(distill, distill_weight, distill_temperature),
+        )
         empty = empty_model(model)
         planned = plan(empty, config)
         if dry_run:
@@ -186,6 +213,26 @@ def training_arguments(model: str, given: list[str], output: Path) -> TrainingAr
     except (ValueError, ImportError) as error:  # from TrainingArguments: values that do not go together, or here
         raise ConfigError(" ".join(str(error).split())) from error
     return arguments
+
+
+def distillation(wanted: bool, weight: float | None, temperature: float | None) -> Distillation | None:
+    """The `Distillation` that the options mean; those left out take its defaults.
+
+    Raises:
+        ConfigError: on a value out of range, or one that would be without effect.
+    """
+    from ..training import Distillation
+
+    if not wanted:
+        if weight is not None or temperature is not None:
+            raise ConfigError("--distill-weight and --distill-temperature need --distill")
+        return None
+    values = {} if temperature is None else {"temperature": temperature}
+    if weight is not None:
+        if not 0 < weight <= 1:
+            raise ConfigError(f"--distill-weight must be above 0 and at most 1, got {weight}")
+        values |= {"loss_weight": 1 - weight, "distillation_weight": weight}
+    return Distillation(**values)
 
 
 def check_prior(prior: str) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from .. import NMSparseConfig
     from ..results import RunResults
-    from ..training import NMSparseTrainer
+    from ..training import Distillation, NMSparseTrainer
 
 _CALIBRATION_SAMPLES = 128
 _WATCHED_WINDOWS = 4  # of the evaluation text, for nm/hard_eval_loss at each log line
@@ -37,6 +37,7 @@ class TrainingRun:
         eval_tokens (`int`): tokens of the evaluation text to use.
         sequence_length (`int`, *optional*): tokens a window.
         prior (`str`): criterion or published mask to start from.
+        distillation (`Distillation`, *optional*): how the dense base teaches, if it does.
     """
 
     name: str
@@ -46,6 +47,7 @@ class TrainingRun:
     eval_tokens: int
     sequence_length: int | None
     prior: str
+    distillation: Distillation | None = None
     tokenizer: Any = None
     length: int = 0
     train_windows: torch.Tensor | None = None
@@ -111,6 +113,7 @@ class TrainingRun:
             eval_dataset=TokenWindows(held_out) if held_out is not None else None,
             processing_class=self.tokenizer,
             callbacks=[MaskMetricsCallback(eval_tokens=None if held_out is None else held_out[:_WATCHED_WINDOWS])],
+            distillation=self.distillation,
         )
 
     def measure(self, row: str, model: nn.Module) -> None:
@@ -148,6 +151,13 @@ class TrainingRun:
             answer.show(table("perplexity", ("", ""), ((row, f"{v:.3f}") for row, v in self.perplexity.items())))
         answer.show(f"{results.steps} steps, {results.mask_bits_per_weight:.3f} bit a weight", written_line(output))
 
+    def _taught(self) -> str:
+        """How the distillation is recorded, after the prior."""
+        if self.distillation is None:
+            return ""
+        term, loss = self.distillation.distillation_weight, self.distillation.loss_weight
+        return f", distilled: {term:.3g} KL + {loss:.3g} loss, temperature {self.distillation.temperature:g}"
+
     def _results(self, trainer: NMSparseTrainer) -> RunResults:
         from ..adapter import mask_layers
 
@@ -156,7 +166,7 @@ class TrainingRun:
             base_model=self.name,
             base_revision=config.revision,
             pattern=config.pattern,
-            method=f"{config.relaxation} (prior {self.prior})",
+            method=f"{config.relaxation} (prior {self.prior}{self._taught()})",
             sparse_layers=sorted(mask_layers(trainer.model)),
             dense_layers=_dense_layers(trainer.model),
             data=self.texts,

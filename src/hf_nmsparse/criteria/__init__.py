@@ -2,10 +2,10 @@
 """One-shot criteria, and the engine that walks a model block by block with one of them."""
 
 from .base import Criterion, InputStatistics, get_criterion, known_criteria, register_criterion
-from .blocks import find_blocks, find_linears, name_matches
-from .engine import LayerReport, PruneReport, Target, prune, walk
+from .engine import LayerReport, PruneReport, prune, walk
 from .magnitude import Magnitude
 from .polish import Polish, polish_mask
+from .targets import Target, expert_views, find_stacks, find_weights, name_matches
 from .wanda import Wanda
 
 __all__ = [
@@ -17,8 +17,9 @@ __all__ = [
     "PruneReport",
     "Target",
     "Wanda",
-    "find_blocks",
-    "find_linears",
+    "expert_views",
+    "find_stacks",
+    "find_weights",
     "get_criterion",
     "known_criteria",
     "name_matches",

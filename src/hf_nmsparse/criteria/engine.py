@@ -9,13 +9,14 @@ weights of one block, and the masks in packed form (2:4: 0.67 bit a weight).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -24,53 +25,9 @@ from ..data import calibration_batches
 from ..errors import ConfigError, PatternError, UnsupportedError
 from ..pattern import NMPattern
 from .base import Criterion, InputStatistics, get_criterion
-from .blocks import Sample, evaluating, find_blocks, find_linears, record_sample, run_block
+from .blocks import Sample, evaluating, in_order_of_execution, record_sample, run_block
 from .statistics import StatisticsRecorder
-
-
-@dataclass
-class Target:
-    """One layer to get a mask.
-
-    Args:
-        name (`str`): full module name, for reports and errors.
-        module (`nn.Module`): its first forward argument is the input of the layer, `[..., in]`; it must compute
-            `x W^T` (plus what does not depend on the mask) with the dense weight.
-        weight (`torch.Tensor` or callable): `[out, in]`. A tensor must share its storage with the weight that the module
-            computes with. For a weight that exists only as a computed value (quantised), a function that returns it.
-        apply (`Callable[[torch.Tensor], None]`): called once at the end, with the bool mask `[out, in]`; installs it.
-    """
-
-    name: str
-    module: nn.Module
-    weight: torch.Tensor | Callable[[], torch.Tensor]
-    apply: Callable[[torch.Tensor], None]
-
-    def dense(self) -> torch.Tensor:
-        """The dense weight, `[out, in]`."""
-        return self.weight.detach() if isinstance(self.weight, torch.Tensor) else self.weight().detach()
-
-    @contextmanager
-    def masked(self, weight: torch.Tensor, mask: torch.Tensor) -> Iterator[None]:
-        """For the time of the context the module computes with `weight * mask`."""
-        if isinstance(self.weight, torch.Tensor):
-            saved = weight.clone()
-            try:
-                weight.masked_fill_(~mask, 0)
-                yield
-            finally:
-                weight.copy_(saved)
-            return
-        removed = torch.where(mask, 0, weight)
-
-        def subtract(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-            return output - F.linear(args[0], removed.to(args[0].dtype))
-
-        handle = self.module.register_forward_hook(subtract)
-        try:
-            yield
-        finally:
-            handle.remove()
+from .targets import Target, find_stacks, find_weights
 
 
 @dataclass
@@ -99,7 +56,7 @@ class PruneReport:
     Args:
         criterion (`str`): name of the criterion.
         pattern (`str`): for example `"2:4"`.
-        tokens (`int`): calibration tokens, padding not counted; 0 if none were needed.
+        tokens (`int`): calibration tokens that enter the first stack of blocks, padding not counted; 0 if none were needed.
         seconds (`float`): wall time in all.
         error_form (`str`, *optional*): what H is in `relative_error`: `"hessian"`, the mean of `x x^T`, or `"diagonal"`,
             only its diagonal, where the criterion gathers no more than norms; `None` without calibration.
@@ -123,15 +80,18 @@ def prune(
     dense_layers: Iterable[str] = (),
     progress: bool = True,
 ) -> PruneReport:
-    """Prune all linear layers of the decoder blocks in one shot, in place. Pruned weights become +0, kept ones stay.
+    """Prune the weights of all blocks in one shot, in place. Pruned weights become +0, kept ones stay.
+
+    These are linear layers, `Conv1D` and each expert of fused ones, see `find_weights`; groups run along the inputs.
 
     Args:
-        model (`nn.Module`): a causal language model of plain `nn.Linear`s.
+        model (`nn.Module`): a Transformers model: decoder, encoder (BERT, ViT) or both (T5).
         criterion (`str` or `Criterion`): `"magnitude"` needs no calibration, `"wanda"` and `"polish"` do.
         pattern (`str` or `NMPattern`): n kept of m.
-        calibration: integers `[samples, sequence]`, an iterable of model inputs, or texts (then give `tokenizer`).
+        calibration: integers `[samples, sequence]`, model inputs or an iterable of them (dicts, as with `pixel_values`), or
+            texts (then give `tokenizer`). An encoder-decoder model that gets `input_ids` only decodes the same tokens.
         tokenizer (*optional*): for texts.
-        dense_layers (`Iterable[str]`): names of layers to leave dense, see `find_linears`.
+        dense_layers (`Iterable[str]`): names of layers to leave dense, see `find_weights`.
         progress (`bool`): show a progress bar where there is a terminal.
 
     Returns:
@@ -139,15 +99,10 @@ def prune(
 
     Raises:
         ConfigError: on an unknown criterion, an entry of `dense_layers` that matches nothing, missing calibration.
-        UnsupportedError: naming layers that are packed, quantised or wrapped, or a model without decoder blocks.
+        UnsupportedError: naming layers that are packed, quantised or wrapped, or a model without blocks.
     """
-    targets = [_in_place(name, linear) for name, linear in find_linears(model, dense_layers).items()]
+    targets = list(find_weights(model, dense_layers).values())
     return walk(model, targets, criterion, pattern, calibration, tokenizer, progress)
-
-
-def _in_place(name: str, linear: nn.Linear) -> Target:
-    weight = linear.weight.detach()
-    return Target(name, linear, weight, lambda mask: weight.masked_fill_(~mask, 0))
 
 
 @torch.no_grad()
@@ -163,16 +118,19 @@ def walk(
     """Choose a mask for each target, and when all are chosen apply them.
 
     Memory besides the model: hidden states of all calibration tokens at one block (on the model's device), statistics
-    and one copy of the weights of one block, the packed masks.
+    and one copy of the weights of one block, the packed masks; while a decoder's inputs are recorded, one copy of the
+    targets in its encoder.
 
     Args:
-        model (`nn.Module`): a causal language model; runs in eval mode, without cache.
+        model (`nn.Module`): as in `prune`; runs in eval mode, without cache, its experts one by one.
         targets (`list[Target]`): the layers.
         criterion (`str` or `Criterion`), pattern (`str` or `NMPattern`), calibration, tokenizer, progress: as in `prune`.
 
     Raises:
-        ConfigError: if the criterion needs calibration and there is none, or targets repeat.
-        UnsupportedError: naming targets outside the decoder blocks, never called, or without data.
+        ConfigError: if the criterion needs calibration and there is none, it is not what the model takes, or targets
+            repeat.
+        UnsupportedError: naming targets outside the blocks, never called, or without data; or blocks that can't be run
+            by themselves.
         PatternError: if the criterion returns something else than a mask of the pattern.
         NMSparseError: naming a layer with NaN or infinite inputs.
     """
@@ -191,7 +149,7 @@ def walk(
                 raise ConfigError(f"criterion {criterion.name!r} needs calibration data; pass calibration=")
             batches = calibration_batches(calibration, tokenizer)
             with evaluating(model):
-                _walk_blocks(model, targets, chosen, batches)
+                _walk_stacks(model, targets, chosen, batches)
     for target in targets:
         target.apply(chosen.mask(target))
     form = {"nothing": None, "norms": "diagonal"}.get(criterion.needs, "hessian")
@@ -199,21 +157,33 @@ def walk(
     return PruneReport(criterion.name, str(pattern), chosen.tokens, seconds, form, chosen.layers)
 
 
-def _walk_blocks(
-    model: nn.Module, targets: list[Target], chosen: _Chosen, batches: Iterable[dict[str, torch.Tensor]]
-) -> None:
-    prefix, blocks = find_blocks(model, {target.module for target in targets})
-    owner = {module: index for index, block in enumerate(blocks) for module in block.modules()}
-    outside = [target.name for target in targets if target.module not in owner]
-    if outside:
+def _walk_stacks(model: nn.Module, targets: list[Target], chosen: _Chosen, batches: Iterable[dict[str, Any]]) -> None:
+    """Stack after stack, as the model runs them; the earlier ones are masked while a later one is recorded."""
+    stacks = find_stacks(model, {target.module for target in targets})
+    inside = {module for _, blocks in stacks for module in blocks.modules()}
+    if outside := [target.name for target in targets if target.module not in inside]:
         raise UnsupportedError(
-            f"{outside[0]} ({len(outside)} such layers) is outside the decoder blocks {prefix!r}; calibration runs "
-            "those only, leave it dense"
+            f"{outside[0]} ({len(outside)} such layers) is outside the blocks "
+            f"{', '.join(repr(name) for name, _ in stacks)}; calibration runs those only, leave it dense"
         )
-    samples = [record_sample(model, blocks, batch) for batch in batches]
-    chosen.tokens = sum(
-        sample.hidden.shape[:-1].numel() if sample.real is None else int(sample.real.sum()) for sample in samples
-    )
+    if len(stacks) > 1:
+        batches = list(batches)
+        stacks = in_order_of_execution(model, stacks, batches[0])
+    done: list[Target] = []
+    for name, blocks in stacks:
+        with ExitStack() as masks_on:
+            for target in done:
+                masks_on.enter_context(target.masked(target.dense(), chosen.mask(target)))
+            samples = [record_sample(model, name, blocks, batch) for batch in batches]
+        if not done:
+            chosen.tokens = sum(sample.tokens() for sample in samples)
+        done += _walk_blocks(blocks, samples, targets, chosen)
+
+
+def _walk_blocks(blocks: nn.ModuleList, samples: list[Sample], targets: list[Target], chosen: _Chosen) -> list[Target]:
+    """Choose masks for the targets inside the blocks, and return those targets."""
+    owner = {module: index for index, block in enumerate(blocks) for module in block.modules()}
+    targets = [target for target in targets if target.module in owner]
     last = max(owner[target.module] for target in targets)
     for index, block in enumerate(blocks[: last + 1]):
         here = [target for target in targets if owner[target.module] == index]
@@ -227,15 +197,22 @@ def _walk_blocks(
             if index < last:
                 for sample in samples:
                     sample.hidden = run_block(block, index, sample)
+    return targets
 
 
 def _gather(
     block: nn.Module, index: int, samples: list[Sample], targets: list[Target], criterion: Criterion
 ) -> dict[str, InputStatistics]:
-    with StatisticsRecorder({target.name: target.module for target in targets}, criterion.needs) as recorder:
-        for sample in samples:
-            recorder.real = sample.real
-            run_block(block, index, sample)
+    with StatisticsRecorder(targets, criterion.needs) as recorder:
+
+        def run() -> None:
+            for sample in samples:
+                recorder.real_tokens = partial(sample.real_tokens, index)
+                run_block(block, index, sample)
+
+        run()
+        if recorder.route_to_unreached_experts():
+            run()
         return recorder.finish()
 
 
@@ -323,14 +300,18 @@ def _kept_energy(weight: torch.Tensor, mask: torch.Tensor) -> float:
 def _check_targets(targets: list[Target]) -> None:
     if not targets:
         raise ConfigError("there is no layer to prune")
-    names = [target.name for target in targets]
-    if repeated := {name for name in names if names.count(name) > 1}:
+    counts = Counter(target.name for target in targets)
+    if repeated := [name for name, count in counts.items() if count > 1]:
         raise ConfigError(f"targets repeat: {', '.join(sorted(repeated))}")
     for target in targets:
         weight = target.weight
         if not isinstance(weight, torch.Tensor):
+            if target.expert is not None:
+                raise UnsupportedError(
+                    f"{target.name}: the weight of an expert is a view of a parameter, got {type(weight).__name__}"
+                )
             continue  # computed only when its block is reached
-        if weight.dim() != 2 or not weight.is_floating_point():
+        if weight.dim() != 2 or not weight.is_floating_point() or weight.itemsize < 2:
             raise UnsupportedError(
                 f"{target.name}: weight is {weight.dtype} {list(weight.shape)}; expected floats [out, in]"
             )

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -13,6 +15,10 @@ from torch import nn
 
 from ..errors import NMSparseError, UnsupportedError
 from .base import NEEDS, InputStatistics, Needs
+from .experts import ExpertsObserver
+from .targets import Target
+
+logger = logging.getLogger(__name__)
 
 HESSIAN_COLUMNS = 512
 
@@ -53,33 +59,50 @@ class _Accumulator:
 
 
 class StatisticsRecorder:
-    """Context: while it is open, forwards of the modules add to the statistics of their inputs.
+    """Context: while it is open, forwards of the targets' modules add to the statistics of their inputs.
 
     Layers that receive the very same tensor object (q, k and v; gate and up) share one accumulation.
 
     Args:
-        modules (`Mapping[str, nn.Module]`): name -> module whose first forward argument is observed, `[..., in]`.
+        targets (`list[Target]`): whose inputs are observed.
         needs (`str`): what to gather, see `Criterion`.
+
+    Attributes:
+        real_tokens (callable): set before each run; gives for an input its bool mask of tokens that are no padding, or
+            `None` if all are real.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], needs: Needs) -> None:
-        self.modules = modules
+    def __init__(self, targets: list[Target], needs: Needs) -> None:
+        self.targets = {target.name: target for target in targets}
         self.needs = needs
-        self.real: torch.Tensor | None = None
+        self.real_tokens: Callable[[torch.Tensor], torch.Tensor | None] = lambda x: None
         self._accumulators: dict[str, _Accumulator] = {}
-        self._handles: list[Any] = []
+        self._watched = set(self.targets)
+        self._experts: list[ExpertsObserver] = []
+        self._open = ExitStack()
 
     def __enter__(self) -> StatisticsRecorder:
-        for name, module in self.modules.items():
-            self._handles.append(module.register_forward_pre_hook(partial(self._observe, name)))
+        experts: dict[nn.Module, dict[str, torch.Tensor]] = {}
+        for name, target in self.targets.items():
+            if target.expert is not None:
+                experts.setdefault(target.module, {})[name] = target.dense()
+                continue
+            handle = target.module.register_forward_pre_hook(partial(self._observe, name))
+            self._open.callback(handle.remove)
+        for module, weights in experts.items():
+            # Asks for `self.real_tokens` anew for each batch.
+            self._experts.append(ExpertsObserver(module, weights, self._add, lambda x: self.real_tokens(x)))
+            self._open.enter_context(self._experts[-1].watching())
         return self
 
     def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
+        self._open.close()
 
     def _observe(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        x = args[0]
+        if name in self._watched:
+            self._add(name, args[0], self.real_tokens(args[0]))
+
+    def _add(self, name: str, x: torch.Tensor, real: torch.Tensor | None = None) -> None:
         accumulator = self._accumulators.get(name)
         if accumulator is None:
             accumulator = next((a for a in self._accumulators.values() if _is_latest(a, x)), None)
@@ -93,16 +116,36 @@ class StatisticsRecorder:
                 f"{name} had the same input as {accumulator.first} before, but not now; its statistics can't be kept apart"
             )
         accumulator.latest = weakref.ref(x)
-        accumulator.add(_without_padding(x, self.real))
+        accumulator.add(_without_padding(x, real))
+
+    def route_to_unreached_experts(self) -> bool:
+        """From now on only experts that no token has reached are observed, and every token is routed to them.
+
+        Few tokens leave experts without statistics; the best guess of what one would get is what all of them get. Only
+        the outputs of the block become meaningless. Returns whether there are such experts, and logs how many.
+        """
+        self._watched = {name for name, target in self.targets.items() if target.expert is not None}
+        self._watched -= set(self._accumulators)
+        for observer in self._experts:
+            numbers = {name: self.targets[name].expert for name in observer.names.values()}
+            observer.route_to = sorted({numbers[name] for name in self._watched & set(numbers)})
+            if observer.route_to:
+                logger.warning(
+                    "%s: calibration reached %d of %d experts; the others get the statistics of all tokens",
+                    next(iter(numbers)).rsplit(".", 2)[0],
+                    len(set(numbers.values())) - len(observer.route_to),
+                    len(set(numbers.values())),
+                )
+        return bool(self._watched)
 
     def finish(self) -> dict[str, InputStatistics]:
-        """The statistics of each module; shared ones are the same object. The recorder is empty afterwards.
+        """The statistics of each target; shared ones are the same object. The recorder is empty afterwards.
 
         Raises:
-            UnsupportedError: naming a module that was never called.
-            NMSparseError: naming a module with NaN or infinite inputs.
+            UnsupportedError: naming a target whose module was never called.
+            NMSparseError: naming a target with NaN or infinite inputs.
         """
-        for name in self.modules:
+        for name in self.targets:
             if name not in self._accumulators or self._accumulators[name].tokens == 0:
                 raise UnsupportedError(
                     f"{name} was never called during calibration, so nothing is known about its inputs; leave it dense "
@@ -117,7 +160,7 @@ class StatisticsRecorder:
         for accumulator in self._accumulators.values():
             if id(accumulator) not in finished:
                 finished[id(accumulator)] = accumulator.finish()
-        result = {name: finished[id(self._accumulators[name])] for name in self.modules}
+        result = {name: finished[id(self._accumulators[name])] for name in self.targets}
         self._accumulators = {}
         return result
 

@@ -4,6 +4,7 @@
 from .deploy import compress, decompress
 from .mask_file import PublishedMask, mask_summary, read_mask
 from .masks import load_mask, match_to_model, save_mask
+from .publish import push_folder, push_mask
 from .verify import VerifyReport, verify
 
 __all__ = [
@@ -14,6 +15,8 @@ __all__ = [
     "load_mask",
     "mask_summary",
     "match_to_model",
+    "push_folder",
+    "push_mask",
     "read_mask",
     "save_mask",
     "verify",

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -12,9 +14,11 @@ from torch import nn
 
 from .. import ops, packed
 from .._compat import forget_injected_adapters
-from ..adapter import NMSparseLayer, mask_layers
-from ..errors import ConfigError, UnsupportedError
+from ..adapter import NMSparseLayer, NMSparseLinear, mask_layers
+from ..errors import ConfigError, PatternError, UnsupportedError
 from ..pattern import NMPattern
+
+logger = logging.getLogger(__name__)
 
 
 def compress(model: nn.Module, masks: Mapping[str, torch.Tensor] | None = None) -> nn.Module:
@@ -22,8 +26,9 @@ def compress(model: nn.Module, masks: Mapping[str, torch.Tensor] | None = None) 
 
     Args:
         model (`PeftModel`, a model with a mask adapter, or a masked plain model): with an adapter, its active masks
-            decide what is kept; else `masks`, else the zeros of the weights (groups with fewer than two non-zeros are
-            completed, lowest index first).
+            decide what is kept, and terms beside them (SLoRB, low rank) stay live beside the packed weight; else
+            `masks`, else the zeros of the weights (groups with fewer than two non-zeros are completed, lowest index
+            first).
         masks (`Mapping[str, torch.Tensor]`, *optional*): bool `[out, in]` by module name, for a plain model.
 
     Returns:
@@ -39,16 +44,22 @@ def compress(model: nn.Module, masks: Mapping[str, torch.Tensor] | None = None) 
     if masks is not None:
         raise ConfigError("the model carries mask adapters, whose masks are used; do not pass masks as well")
     _refuse_stacked(model)
-    active = {name: mask for name, layer in layers.items() if (mask := _active_mask(layer)) is not None}
+    active = {name: layer for name, layer in layers.items() if layer.adapters_in_use()}
+    linear = {name: layer for name, layer in active.items() if isinstance(layer, NMSparseLinear)}
     if not active:
         raise ConfigError("no mask adapter is active; choose one with model.set_adapter(name)")
-    for name, mask in active.items():
-        if ops.count_groups(mask, NMPattern(2, 4)).over:
-            raise UnsupportedError(
-                f"{name}: its mask keeps more than 2 of 4 weights; only patterns inside 2:4 can be packed"
-            )
-    plain = model.merge_and_unload() if isinstance(model, PeftModel) else _unload(model)
-    return packed.compress(plain, active)
+    if not linear:
+        raise UnsupportedError(
+            "only fused experts are under a mask, and those cannot be packed; use model.merge_and_unload(), which leaves "
+            "them dense with zeros"
+        )
+    kept = {name: _checked_mask(name, layer) for name, layer in linear.items()}
+    branches = {name: branch for name, layer in linear.items() if (branch := _detached_branch(layer)) is not None}
+    if len({branch.slorb_block for branch in branches.values()} - {None}) > 1:
+        raise UnsupportedError("the layers have SLoRB terms of different slorb_block; a packed model holds one size")
+    if experts := sorted(set(active) - set(linear)):
+        logger.warning("%d fused expert weights stay dense with zeros, first %s", len(experts), experts[0])
+    return packed.compress(_unload_masked(model, active), kept, branches=branches)
 
 
 def decompress(model: nn.Module) -> nn.Module:
@@ -56,20 +67,47 @@ def decompress(model: nn.Module) -> nn.Module:
     return packed.decompress(model)
 
 
-def _active_mask(layer: NMSparseLayer) -> torch.Tensor | None:
-    """The intersection of the active masks of a layer, bool `[out, in]`."""
+def _checked_mask(name: str, layer: NMSparseLayer) -> torch.Tensor:
+    """The intersection of the masks in use, bool `[out, in]`."""
+    if layer.quantization_backend is not None:
+        raise UnsupportedError(
+            f"{name} is quantised with {layer.quantization_backend.backend_name}; save the mask (nms.save_mask), load the "
+            "base unquantised, put the mask on it (nms.load_mask) and compress that"
+        )
     mask = None
-    for name in layer.merged_adapters or layer.active_adapters:
-        if name in layer.configs:
-            mask = layer.hard_mask(name) if mask is None else mask & layer.hard_mask(name)
+    for adapter_name in layer.adapters_in_use():
+        own = layer.hard_mask(adapter_name)
+        mask = own if mask is None else mask & own
+    if ops.count_groups(mask, NMPattern(2, 4)).over:
+        raise UnsupportedError(
+            f"{name}: its mask keeps more than 2 of 4 weights; only patterns inside 2:4 can be packed"
+        )
     return mask
 
 
-def _unload(model: nn.Module) -> nn.Module:
-    """Merge masks that were injected without a `PeftModel` (transformers' `add_adapter` and `load_adapter`)."""
+def _detached_branch(layer: NMSparseLayer) -> ops.SideBranch | None:
+    dtype = layer.base_weight.stored.dtype
+    try:
+        branch = layer.side_branch(layer.adapters_in_use())
+    except PatternError as error:
+        raise UnsupportedError(f"{layer.module_name}: {error}; compress with one of the adapters active") from error
+    return None if branch is None else branch.apply(lambda tensor: tensor.detach().to(dtype))
+
+
+def _unload_masked(model: nn.Module, layers: Mapping[str, NMSparseLayer]) -> nn.Module:
+    """The plain model with every weight masked; side branches are left out."""
+    for layer in layers.values():
+        names = layer.adapters_in_use()
+        if layer.merged:  # with its side branch, maybe
+            layer.unmerge()
+        layer.merge(adapter_names=names, with_side_branch=False)
+    if isinstance(model, PeftModel):
+        with warnings.catch_warnings():  # that all is merged already, and dense
+            warnings.simplefilter("ignore")
+            return model.merge_and_unload()
+    # Injected without a `PeftModel`, by transformers' `add_adapter` or `load_adapter`.
     for name, module in list(model.named_modules()):
-        if isinstance(module, NMSparseLayer):
-            module.merge()
+        if isinstance(module, NMSparseLayer) and ".base_layer" not in name:
             model.set_submodule(name, module.get_base_layer())
     forget_injected_adapters(model)
     return model

@@ -5,18 +5,19 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from huggingface_hub import hf_hub_download
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
-from ..adapter import NMSparseConfig
+from ..adapter import NMSparseConfig, term_shapes
 from ..errors import ConfigError, FormatError
 from ..fingerprint import FINGERPRINT_BYTES, digest
 from ..pattern import NMPattern
+from .remote import local_folder
 
 PREFIX = "base_model.model."  # PEFT's name for the wrapped model, so that its own loaders read the file
 PARTS = ("nmsparse_packed", "nmsparse_digest", "nmsparse_base")
@@ -30,10 +31,12 @@ class LayerMask:
     Args:
         packed (`torch.Tensor`): packed codes, uint8 `[out, bytes]`.
         base (`torch.Tensor`): fingerprint of the base weight, uint8 `[16]`; zero where it was unknown.
+        terms (`dict[str, torch.Tensor]`): float tensors of the terms beside the mask, by container name.
     """
 
     packed: torch.Tensor
     base: torch.Tensor
+    terms: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -58,58 +61,42 @@ class PublishedMask:
         return NMPattern(self.config.pattern)
 
 
-def resolve(source: str | os.PathLike, filename: str, revision: str | None = None, task: str | None = None) -> Path:
-    """Local path of a file of a mask folder or Hub repo.
-
-    Raises:
-        FormatError: if a local folder lacks the file.
-    """
-    folder = Path(source)
-    if folder.exists():
-        path = folder / (task or "") / filename
-        if not path.is_file():
-            raise FormatError(
-                f"{folder / (task or '')} holds no {filename}; it is no mask folder, or an incomplete one"
-            )
-        return path
-    return Path(hf_hub_download(str(source), filename, revision=revision, subfolder=task))
-
-
 def read_mask(source: str | os.PathLike, revision: str | None = None, task: str | None = None) -> PublishedMask:
     """Read and check a published mask: config, header, shapes, digests, codes. No model is needed.
 
     Args:
         source (`str` or `Path`): folder or Hub repo.
-        revision (`str`, *optional*): of the repo.
+        revision (`str`, *optional*): branch, tag or commit of the repo.
         task (`str`, *optional*): subfolder, where a repo holds masks of several tasks.
 
     Raises:
         FormatError: on anything that `save_mask` cannot have written, naming the tensor.
         ConfigError: if it is a training checkpoint.
+        HubError: if the repo cannot be fetched.
     """
-    config = _read_config(resolve(source, CONFIG_NAME, revision, task))
-    path = resolve(source, SAFETENSORS_WEIGHTS_NAME, revision, task)
+    names = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
+    folder = local_folder(source, revision, task, names)  # both of one commit
+    for name in names:
+        if not (folder / name).is_file():
+            raise FormatError(
+                f"{source}{f' (task {task!r})' if task else ''} holds no {name}; it is no mask, an incomplete one, or one "
+                "of several tasks: then name the subfolder with task="
+            )
+    config = _read_config(folder / CONFIG_NAME)
+    path = folder / SAFETENSORS_WEIGHTS_NAME
     tensors = _read_tensors(path)
     pattern = NMPattern(config.pattern)
-    layers: dict[str, LayerMask] = {}
-    for key in tensors:
-        name, _, part = key.removeprefix(PREFIX).rpartition(".")
-        if not key.startswith(PREFIX) or part not in PARTS:
-            raise FormatError(
-                f"{path}: unexpected tensor {key!r}; the file is no published mask of this format version"
-            )
-        if part == "nmsparse_packed":
-            layers[name] = _check_layer(path, name, tensors, pattern)
-    if not layers:
-        raise FormatError(f"{path} holds no masks")
-    if surplus := sorted(set(tensors) - {f"{PREFIX}{name}.{part}" for name in layers for part in PARTS}):
-        raise FormatError(f"{path}: tensor {surplus[0]!r} belongs to no layer with codes; the file is damaged")
-    if not isinstance(config.target_modules, set) or config.target_modules != set(layers):
-        named = set(config.target_modules) if isinstance(config.target_modules, set) else {str(config.target_modules)}
+    linear, parameters = config.target_modules, config.target_parameters or []
+    if not isinstance(linear, set) or not (linear or parameters):
+        raise FormatError(f"{source}: target_modules of the config is no list of layer names; fetch the mask again")
+    parts = (*PARTS, *(f"{container}.weight" for container in term_shapes(config, 1, 1)))
+    paths = stored_paths(linear, parameters)
+    places = {f"{PREFIX}{place}.{part}": name for name, place in paths.items() for part in parts}
+    if unexpected := sorted(set(tensors) - set(places)):
         raise FormatError(
-            f"{source}: target_modules of the config and the layers of the file differ, first at "
-            f"{sorted(named ^ set(layers))[0]!r}; fetch the mask again"
+            f"{path}: unexpected tensor {unexpected[0]!r}; the file is damaged, or its layers and those of the config differ"
         )
+    layers = {name: _check_layer(path, place, tensors, pattern, parts) for name, place in paths.items()}
     return PublishedMask(config, layers, str(source), path.stat().st_size)
 
 
@@ -150,21 +137,53 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise FormatError(f"{path} is damaged or cut short ({error}); fetch the mask again") from error
 
 
-def _check_layer(path: Path, name: str, tensors: dict[str, torch.Tensor], pattern: NMPattern) -> LayerMask:
-    found = {part: tensors.get(f"{PREFIX}{name}.{part}") for part in PARTS}
+def stored_paths(linear: Iterable[str], parameters: Iterable[str]) -> dict[str, str]:
+    """Where the tensors of each layer lie in the file: module paths of PEFT, which nests the parameters of one module.
+
+    Args:
+        linear (`Iterable[str]`): names of linear layers.
+        parameters (`Iterable[str]`): names of fused expert weights, in the order in which their module holds them.
+
+    Returns:
+        `dict[str, str]`: layer name -> path. The first of two parameters lies one `base_layer` deeper than the last.
+    """
+    paths = {name: name for name in sorted(linear)}
+    modules: dict[str, list[str]] = {}
+    for name in parameters:
+        modules.setdefault(name.rpartition(".")[0], []).append(name)
+    for module, names in modules.items():
+        for depth, name in enumerate(reversed(names)):
+            paths[name] = module + ".base_layer" * depth
+    return paths
+
+
+def _check_layer(
+    path: Path, place: str, tensors: dict[str, torch.Tensor], pattern: NMPattern, parts: tuple[str, ...]
+) -> LayerMask:
+    found = {part: tensors.get(f"{PREFIX}{place}.{part}") for part in parts}
     for part, tensor in found.items():
-        shape_ok = tensor is not None and (
-            tensor.dim() == 2 if part == "nmsparse_packed" else tensor.shape == (FINGERPRINT_BYTES,)
-        )
-        if not shape_ok or tensor.dtype != torch.uint8:
+        if part == "nmsparse_packed":
+            fits, expected = tensor is not None and tensor.dim() == 2, "uint8 [out, bytes]"
+        elif part in PARTS:
+            fits, expected = (
+                tensor is not None and tensor.shape == (FINGERPRINT_BYTES,),
+                f"uint8 [{FINGERPRINT_BYTES}]",
+            )
+        else:
+            fits, expected = (
+                tensor is not None and tensor.is_floating_point() and tensor.dim() in (2, 3),
+                "finite floats",
+            )
+            fits = fits and bool(tensor.isfinite().all())
+        if not fits or (part in PARTS and tensor.dtype != torch.uint8):
             got = "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
-            expected = "[out, bytes]" if part == "nmsparse_packed" else f"[{FINGERPRINT_BYTES}]"
-            raise FormatError(f"{path}: {name}.{part} must be uint8 {expected}, got {got}; the file is damaged")
+            raise FormatError(f"{path}: {place}.{part} must be {expected}, got {got}; the file is damaged")
     if not torch.equal(digest(found["nmsparse_packed"]), found["nmsparse_digest"]):
         raise FormatError(
-            f"{path}: the codes of {name} do not match their digest; the file is damaged, fetch it again"
+            f"{path}: the codes of {place} do not match their digest; the file is damaged, fetch it again"
         )
-    return LayerMask(found["nmsparse_packed"], found["nmsparse_base"])
+    terms = {part.removesuffix(".weight"): tensor for part, tensor in found.items() if part not in PARTS}
+    return LayerMask(found["nmsparse_packed"], found["nmsparse_base"], terms)
 
 
 def mask_summary(mask: PublishedMask) -> dict[str, object]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -15,13 +16,22 @@ from safetensors.torch import save
 from torch import nn
 
 from .. import ops
-from ..adapter import NMSparseConfig, mask_layers
+from ..adapter import (
+    TERM_CONTAINERS,
+    BaseWeight,
+    NMSparseConfig,
+    NMSparseLayer,
+    ParamWrapper,
+    base_weights,
+    mask_layers,
+    term_shapes,
+)
 from ..errors import BaseModelMismatchError, ConfigError, FormatError
 from ..files import staged_folder
-from ..fingerprint import digest, fingerprint, rounding_hint, to_hex
+from ..fingerprint import digest, rounding_hint, to_hex
 from ..results import RunResults
 from .card import card_text
-from .mask_file import PARTS, PREFIX, PublishedMask, read_mask
+from .mask_file import PREFIX, PublishedMask, read_mask, stored_paths
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +44,8 @@ def save_mask(
     results: RunResults | None = None,
 ) -> Path:
     """Publish the hard mask of an adapter into a folder: codes, config and card. The model stays as it is.
+
+    Terms beside the mask (SLoRB, low rank, delta) are stored in the dtype of the base weight.
 
     Args:
         model (`PeftModel` or a model with a mask adapter): the model.
@@ -58,10 +70,11 @@ def save_mask(
                 f"adapter {adapter_name!r} trained {field}={getattr(stored, field)!r} beside its mask; a published mask holds "
                 "codes only and would lose that. Merge and publish the model instead (nms.compress), or train without it"
             )
+    linear, parameters = _names_by_kind(layers)
     tensors: dict[str, torch.Tensor] = {}
-    for name, layer in layers.items():
-        tensors |= _stored_tensors(name, layer, adapter_name)
-    config = published_config(stored, sorted(layers))
+    for name, place in stored_paths(linear, parameters).items():
+        tensors |= _stored_tensors(place, layers[name], adapter_name)
+    config = published_config(stored, linear, parameters)
     base_class = type(_plain(model))  # AutoPeftModel finds the base's class by this
     config.auto_mapping = {"base_model_class": base_class.__name__, "parent_library": base_class.__module__}
     results = copy.deepcopy(results) if results is not None else RunResults()
@@ -75,7 +88,14 @@ def save_mask(
     return Path(folder)
 
 
-def _stored_tensors(name: str, layer, adapter_name: str) -> dict[str, torch.Tensor]:
+def _names_by_kind(layers: dict[str, NMSparseLayer]) -> tuple[list[str], list[str]]:
+    """(linear layers, fused expert weights in the order in which their modules hold them)."""
+    linear = sorted(name for name, layer in layers.items() if not isinstance(layer, ParamWrapper))
+    # The outer wrapper of a module, which a walk meets first, is that of its last parameter.
+    return linear, [name for name, layer in reversed(list(layers.items())) if isinstance(layer, ParamWrapper)]
+
+
+def _stored_tensors(place: str, layer: NMSparseLayer, adapter_name: str) -> dict[str, torch.Tensor]:
     pattern = layer.relaxations[adapter_name].pattern
     packed = ops.pack_codes(layer.mask_codes(adapter_name), pattern, layer.in_features).cpu()
     values = {
@@ -83,15 +103,21 @@ def _stored_tensors(name: str, layer, adapter_name: str) -> dict[str, torch.Tens
         "nmsparse_digest": digest(packed),
         "nmsparse_base": layer.nmsparse_base[adapter_name].cpu(),
     }
-    return {f"{PREFIX}{name}.{part}": values[part].contiguous() for part in PARTS}
+    stored = layer.base_weight.stored
+    dtype = stored.dtype if stored.is_floating_point() else torch.float32
+    for container in TERM_CONTAINERS:
+        if adapter_name in getattr(layer, container):
+            values[f"{container}.weight"] = getattr(layer, container)[adapter_name].weight.detach().to("cpu", dtype)
+    return {f"{PREFIX}{place}.{part}": value.contiguous() for part, value in values.items()}
 
 
-def published_config(config: NMSparseConfig, layer_names: list[str]) -> NMSparseConfig:
+def published_config(config: NMSparseConfig, linear: list[str], parameters: list[str]) -> NMSparseConfig:
     """The config of a published mask: codes instead of logits, and the pruned layers by their full names."""
     published = copy.deepcopy(config)
     published.mask_format = "packed"
     published.inference_mode = True
-    published.target_modules = layer_names  # resolved: no pattern of names is ever read back from a file
+    # Resolved: no pattern of names is ever read back from a file.
+    published.target_modules, published.target_parameters = linear, parameters or None
     published.exclude_modules = published.dense_layers = None
     published.layers_to_transform = published.layers_pattern = None
     return published
@@ -99,13 +125,13 @@ def published_config(config: NMSparseConfig, layer_names: list[str]) -> NMSparse
 
 # --- loading ---------------------------------------------------------------------------------------------------------
 def match_to_model(
-    mask: PublishedMask, linears: dict[str, nn.Module], allow_base_mismatch: bool = False
+    mask: PublishedMask, weights: Mapping[str, BaseWeight], allow_base_mismatch: bool = False
 ) -> dict[str, torch.Tensor]:
     """Codes of a mask for the layers of a model, after checking every one of them.
 
     Args:
         mask (`PublishedMask`): the mask.
-        linears (`dict[str, nn.Module]`): layers of the model by module name.
+        weights (`Mapping[str, BaseWeight]`): weights of the model by layer name, as `base_weights(model)` gives them.
         allow_base_mismatch (`bool`): accept other base weights (logged).
 
     Returns:
@@ -115,20 +141,27 @@ def match_to_model(
         FormatError: if a layer is absent, of another shape, or its codes are impossible.
         BaseModelMismatchError: if the base weights differ.
     """
-    if absent := sorted(set(mask.layers) - set(linears)):
+    if absent := sorted(set(mask.layers) - set(weights)):
         raise FormatError(
             f"{mask.source} holds masks for {len(absent)} layers that the model lacks, first {absent[:5]}; the model has "
-            f"linear layers such as {sorted(linears)[:5]}"
+            f"layers such as {sorted(weights)[:5]}"
         )
     codes, strangers, unknown = {}, [], []
     for name, stored in mask.layers.items():
-        weight = linears[name].weight
-        if stored.packed.shape[0] != weight.shape[0]:
+        base = weights[name]
+        out_features, in_features = base.shape
+        if stored.packed.shape[0] != out_features:
             raise FormatError(
-                f"{name}: the mask has {stored.packed.shape[0]} rows, the layer {weight.shape[0]}; it is for another model"
+                f"{name}: the mask has {stored.packed.shape[0]} rows, the layer {out_features}; it is for another model"
             )
-        codes[name] = ops.unpack_codes(stored.packed, mask.pattern, weight.shape[1], name=name)
-        found = fingerprint(weight)
+        codes[name] = ops.unpack_codes(stored.packed, mask.pattern, in_features, name=name)
+        for container, shape in term_shapes(mask.config, out_features, in_features, base.num_experts).items():
+            if tuple(stored.terms[container].shape) != shape:
+                raise FormatError(
+                    f"{name}: {container} has shape {list(stored.terms[container].shape)}, the layer needs {list(shape)}; "
+                    "it is for another model"
+                )
+        found = base.fingerprint()
         if found is None or not bool(stored.base.any()):
             unknown.append(name)
         elif not torch.equal(found, stored.base):
@@ -150,7 +183,7 @@ def match_to_model(
         if not allow_base_mismatch:
             raise BaseModelMismatchError(
                 f"{message}; load that model, or pass allow_base_mismatch=True if you are sure"
-                + rounding_hint(next(iter(linears.values())).weight)
+                + rounding_hint(next(iter(weights.values())).stored)
             )
         logger.warning("%s; loaded all the same because of allow_base_mismatch=True", message)
     return codes
@@ -186,13 +219,9 @@ def load_mask(
         raise ConfigError(
             f"the model already has an adapter {adapter_name!r}; pass another adapter_name or delete it first"
         )
-    linears = {
-        name.removesuffix(".base_layer"): module
-        for name, module in _plain(model).named_modules()
-        if type(module) is nn.Linear
-    }
-    match_to_model(mask, linears, allow_base_mismatch)
-    config = published_config(mask.config, sorted(mask.layers))
+    match_to_model(mask, base_weights(_plain(model)), allow_base_mismatch)
+    parameters = mask.config.target_parameters or []
+    config = published_config(mask.config, sorted(set(mask.layers) - set(parameters)), parameters)
     if isinstance(model, PeftModel):
         model.add_adapter(adapter_name, config)
     else:
@@ -203,6 +232,9 @@ def load_mask(
         layer.nmsparse_packed[adapter_name].copy_(stored.packed)
         layer.nmsparse_digest[adapter_name].copy_(digest(stored.packed))
         layer.nmsparse_base[adapter_name].copy_(stored.base)
+        with torch.no_grad():
+            for container, value in stored.terms.items():
+                getattr(layer, container)[adapter_name].weight.copy_(value)
     model.set_adapter(adapter_name)
     model.eval()
     return model

@@ -4,23 +4,29 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .. import ops
 from ..adapter import mask_layers
-from ..errors import FormatError
+from ..errors import ConfigError, FormatError
 from ..packed import SparseLinear24
 from ..packed.checkpoint import check_packed_files
 from ..pattern import NMPattern
+from ..results import RunResults
 from .mask_file import read_mask
+from .remote import local_folder
+
+logger = logging.getLogger(__name__)
+
+RESULTS_FILE = "results.json"
 
 
 @dataclass
@@ -61,7 +67,12 @@ class VerifyReport:
         return bool(self.layers) and self.over == 0
 
 
-def verify(model_or_path: nn.Module | str | os.PathLike, pattern: str | NMPattern = "2:4") -> VerifyReport:
+def verify(
+    model_or_path: nn.Module | str | os.PathLike,
+    pattern: str | NMPattern | None = None,
+    revision: str | None = None,
+    task: str | None = None,
+) -> VerifyReport:
     """Check a model in memory, a folder, or a Hub repo.
 
     Published masks and packed models are read strictly (digests, codes, ids) and refused with the name of the damaged
@@ -69,30 +80,29 @@ def verify(model_or_path: nn.Module | str | os.PathLike, pattern: str | NMPatter
 
     Args:
         model_or_path (`nn.Module`, `str` or `Path`): what to check.
-        pattern (`str` or `NMPattern`): for masked plain models, whose pattern is written nowhere.
+        pattern (`str` or `NMPattern`, *optional*): for masked plain models; by default the one that a results file
+            beside the model names, else 2:4.
+        revision (`str`, *optional*): branch, tag or commit of a repo.
+        task (`str`, *optional*): subfolder of a folder or repo.
 
     Raises:
         FormatError: if a file is damaged.
+        HubError: if the repo cannot be fetched.
+        ConfigError: if a revision or task is given for a model in memory, or a revision for a local folder.
     """
-    pattern = NMPattern(pattern)
     if isinstance(model_or_path, nn.Module):
-        return _verify_model(model_or_path, pattern)
-    folder = Path(model_or_path)
-    if not folder.exists():
-        folder = Path(snapshot_download(str(model_or_path), allow_patterns=["*.json", "*.safetensors"]))
+        if revision is not None or task is not None:
+            raise ConfigError("revision and task are for repos and folders; leave them out for a model in memory")
+        return _verify_model(model_or_path, NMPattern(pattern or "2:4"))
+    folder = local_folder(model_or_path, revision, task, ("*.json", "*.safetensors"))
     if (folder / "adapter_config.json").is_file():
-        mask = read_mask(folder)
-        report = VerifyReport("mask", str(mask.pattern))
-        for name, stored in mask.layers.items():
-            # A code keeps exactly n by construction, so decoding it is the check. The layer's true width is the model's
-            # to tell; the count is of the groups that fit the stored rows.
-            groups = mask.pattern.max_groups(stored.packed.shape[1])
-            codes = ops.unpack_codes(stored.packed, mask.pattern, groups * mask.pattern.m, name=name)
-            report.layers[name] = ops.GroupCounts(codes.numel(), 0, 0)
-        return report
+        return _verify_mask(folder)
     config = folder / "config.json"
     if not config.is_file():
-        raise FormatError(f"{folder} holds neither adapter_config.json nor config.json; it is no mask and no model")
+        raise FormatError(
+            f"{folder} holds neither adapter_config.json nor config.json; it is no mask and no model, or one of several "
+            "tasks: then name the subfolder with task="
+        )
     files = sorted(str(path) for path in folder.glob("*.safetensors"))
     if not files:
         raise FormatError(f"{folder} holds no safetensors file; only safetensors is read")
@@ -102,7 +112,31 @@ def verify(model_or_path: nn.Module | str | os.PathLike, pattern: str | NMPatter
         raise FormatError(f"{config} is no model config ({error}); fetch it again") from error
     if quantization.get("quant_method") == "nmsparse":
         return _verify_packed(files)
+    pattern = NMPattern(pattern or _recorded_pattern(folder) or "2:4")
     return _counted(VerifyReport("masked model", str(pattern)), _weights(files), pattern)
+
+
+def _recorded_pattern(folder: Path) -> NMPattern | None:
+    path = folder / RESULTS_FILE
+    if not path.is_file():
+        return None
+    try:
+        return RunResults.read(path).parsed_pattern
+    except FormatError as error:  # many programs call a file so
+        logger.info("%s; its pattern is not taken from it", error)
+        return None
+
+
+def _verify_mask(folder: Path) -> VerifyReport:
+    mask = read_mask(folder)
+    report = VerifyReport("mask", str(mask.pattern))
+    for name, stored in mask.layers.items():
+        # A code keeps exactly n by construction, so decoding it is the check. The layer's true width is the model's
+        # to tell; the count is of the groups that fit the stored rows.
+        groups = mask.pattern.max_groups(stored.packed.shape[1])
+        codes = ops.unpack_codes(stored.packed, mask.pattern, groups * mask.pattern.m, name=name)
+        report.layers[name] = ops.GroupCounts(codes.numel(), 0, 0)
+    return report
 
 
 def _verify_packed(files: list[str]) -> VerifyReport:

@@ -15,9 +15,10 @@ from ..codec import (
     unpack_codes,
 )
 from .linear24 import Linear24Backend, linear_24, linear_24_backend, register_linear_24_backend
-from .mask_sampling import SamplingState, candidate_probabilities, hard_codes, masked_weight, soft_mask
+from .mask_sampling import hard_codes, mask_certainty, masked_weight, soft_mask
 from .philox import NoiseKey
 from .reference import top_n_mask
+from .sampler import SamplingState
 from .side_branch import SideBranch, pool_blocks
 
 __all__ = [
@@ -26,7 +27,6 @@ __all__ = [
     "NoiseKey",
     "SamplingState",
     "SideBranch",
-    "candidate_probabilities",
     "check_ids_24",
     "codes_to_mask",
     "columns_of_24",
@@ -35,6 +35,7 @@ __all__ = [
     "hard_codes",
     "linear_24",
     "linear_24_backend",
+    "mask_certainty",
     "mask_to_codes",
     "masked_weight",
     "pack_24",

@@ -1,96 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The masked weight of a relaxation over candidates, forward and backward, in plain torch.
+"""The masked weight of a relaxation with logits, forward and backward, in plain torch.
 
-    y   = softmax_c((kappa * pi + g) / tau)          g: Gumbel noise (0 for hard masks)
-    M   = y S                                        S: the C candidates as 0/1 rows
+    M   = E[mask | logits, noise]                    the soft mask, by the sampler of the parametrisation
     W~  = W * M
 
-    G   = dL/dW~ * W - 2 lambda W^2 M                the regulariser -lambda ||W * M||^2 costs no graph of its own
-    dy  = G S^T
-    dpi = kappa / tau * y * (dy - sum_c y_c dy_c)
+    dM  = dL/dW~ * W - 2 lambda W^2 M                the regulariser -lambda ||W * M||^2 costs no graph of its own
+    dlogits = (dM/dlogits)^T dM                      by the sampler
 
-(MaskLLM, arXiv 2409.17481, section 3; the gradient is written out here.) Nothing of candidate size is saved between
-forward and backward: the noise is recomputed from its key. Rows are worked through in slices that fit a CPU cache.
+(MaskLLM, arXiv 2409.17481, section 3; the gradient is written out here.) The shape of the logits says whose they are: those
+of candidates are `[out, C, groups]`, those of weights `[out, in]`. Nothing of their size is saved between forward and
+backward but the logits themselves: the noise is recomputed from its key. Rows are worked through in slices that fit a CPU
+cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
 
 import torch
-import torch.nn.functional as F
 
 from ..pattern import NMPattern
-from .philox import NoiseKey, gumbel_noise
+from .candidate_masks import CandidateSampler
+from .elementwise_masks import ElementwiseSampler
+from .philox import NoiseKey
+from .sampler import Sampler, SamplingState
 
-# Groups per slice. On the CPU about 0.5 MB a temporary, measured fastest of 8k to 256k with 2 MB of L2 a core; one slice a
-# thread instead of one slice on all of them was slower, because the operations are then too short for their dispatch.
+# Groups per slice, counted for the six values a group of candidates of 2:4. On the CPU about 0.5 MB a temporary, measured
+# fastest of 8k to 256k with 2 MB of L2 a core; one slice a thread instead of one slice on all of them was slower, because
+# the operations are then too short for their dispatch.
 _CPU_GROUPS = 1 << 16
 _GPU_GROUPS = 1 << 24
-
-
-@dataclass(frozen=True)
-class SamplingState:
-    """The moment of training, as 0-dim tensors so that changing it needs no device sync and no recompilation.
-
-    Args:
-        temperature, logit_scale, regularization (`torch.Tensor`): float32 scalars tau, kappa, lambda.
-        step, draw (`torch.Tensor`): int64 scalars of the noise's counter.
-    """
-
-    temperature: torch.Tensor
-    logit_scale: torch.Tensor
-    regularization: torch.Tensor
-    step: torch.Tensor
-    draw: torch.Tensor
-
-    @classmethod
-    def of(
-        cls,
-        temperature: float,
-        logit_scale: float,
-        regularization: float = 0.0,
-        step: int = 0,
-        draw: int = 0,
-        device: torch.device | str | None = None,
-    ) -> SamplingState:
-        """From Python numbers."""
-        floats = [torch.full((), value, device=device) for value in (temperature, logit_scale, regularization)]
-        integers = [torch.full((), value, dtype=torch.int64, device=device) for value in (step, draw)]
-        return cls(*floats, *integers)
-
-    def to(self, device: torch.device) -> SamplingState:
-        """The same moment on another device."""
-        if self.step.device == device:
-            return self
-        return SamplingState(*(tensor.to(device, non_blocking=True) for tensor in self.tensors()))
-
-    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """All five, in the order of the fields."""
-        return self.temperature, self.logit_scale, self.regularization, self.step, self.draw
-
-
-def hard_codes(logits: torch.Tensor, pattern: NMPattern, in_features: int) -> torch.Tensor:
-    """Code of the largest logit of each group; equal logits go to the lowest code, on every device.
-
-    Args:
-        logits (`torch.Tensor`): `[out, C, groups]`.
-
-    Returns:
-        int64 `[out, groups]`.
-    """
-    best = logits[:, 0]
-    codes = torch.zeros_like(best, dtype=torch.int64)
-    for candidate in range(1, logits.shape[1]):
-        better = logits[:, candidate] > best
-        codes.masked_fill_(better, candidate)
-        best = torch.maximum(best, logits[:, candidate])
-    if pattern.tail(in_features):
-        allowed = pattern.tail_candidates(in_features, logits.device)
-        tail = logits[:, :, -1].masked_fill(~allowed, float("-inf"))  # [out, C]
-        codes[:, -1] = (tail == tail.amax(1, keepdim=True)).int().cumsum(1).eq(0).sum(1)
-    return codes
 
 
 def masked_weight(
@@ -105,7 +44,7 @@ def masked_weight(
 
     Args:
         weight (`torch.Tensor`): `[out, in]`, any float dtype.
-        logits (`torch.Tensor`): `[out, C, groups]`.
+        logits (`torch.Tensor`): `[out, C, groups]` of candidates, or `[out, in]` of weights.
         pattern (`NMPattern`): the pattern.
         key (`NoiseKey`): identity of the noise.
         state (`SamplingState`): temperature, scale, regulariser, step, draw.
@@ -118,68 +57,50 @@ def masked_weight(
     return _MaskedWeight.apply(weight, logits, *state.tensors(), pattern, key, hard)
 
 
+def hard_codes(logits: torch.Tensor, pattern: NMPattern, in_features: int) -> torch.Tensor:
+    """Code of the mask of the largest logits of each group, on every device the same.
+
+    Equal logits of candidates go to the lowest code, equal logits of weights to the lowest position.
+
+    Args:
+        logits (`torch.Tensor`): `[out, C, groups]` of candidates, or `[out, in]` of weights.
+
+    Returns:
+        int64 `[out, groups]`.
+    """
+    return _sampler_class(logits).hard_codes(logits, pattern, in_features)
+
+
 def soft_mask(
     logits: torch.Tensor, pattern: NMPattern, in_features: int, key: NoiseKey, state: SamplingState, noise: bool = True
 ) -> torch.Tensor:
     """The relaxed mask alone, `[out, in]` float32 (float64 for float64 logits); for metrics and tests."""
-    sampler = _Sampler(logits, pattern, in_features, key, state.tensors(), noise)
-    parts = [sampler.mask(sampler.probabilities(rows)) for rows in sampler.slices]
-    return torch.cat(parts)
+    sampler = _sampler_class(logits)(logits, pattern, in_features, key, state, noise)
+    return torch.cat([sampler.mask(sampler.distribution(rows)) for rows in _row_slices(logits, pattern, in_features)])
 
 
-def candidate_probabilities(
-    logits: torch.Tensor, pattern: NMPattern, in_features: int, key: NoiseKey, state: SamplingState, noise: bool = True
-) -> Iterator[torch.Tensor]:
-    """Softmax over candidates, `[rows, C, groups]` slice by slice, so that no full copy need exist."""
-    sampler = _Sampler(logits, pattern, in_features, key, state.tensors(), noise)
-    return (sampler.probabilities(rows) for rows in sampler.slices)
+def mask_certainty(
+    logits: torch.Tensor, pattern: NMPattern, in_features: int, key: NoiseKey, state: SamplingState
+) -> tuple[float, float, int]:
+    """How decided the noise-free masks are: (sum of largest probabilities, sum of entropies in bits, groups)."""
+    sampler = _sampler_class(logits)(logits, pattern, in_features, key, state, noise=False)
+    largest = nats = 0.0
+    for rows in _row_slices(logits, pattern, in_features):
+        parts = sampler.certainty(sampler.distribution(rows))
+        largest, nats = largest + float(parts[0]), nats + float(parts[1])
+    return largest, nats / math.log(2), logits.shape[0] * pattern.num_groups(in_features)
 
 
-def _row_slices(logits: torch.Tensor) -> list[slice]:
-    """Slices of the rows of logits `[out, C, groups]`."""
-    rows, num_candidates, groups = logits.shape
-    budget = _CPU_GROUPS if logits.device.type == "cpu" else _GPU_GROUPS  # for the six candidates of 2:4
-    step = max(1, 6 * budget // (num_candidates * groups))
+def _sampler_class(logits: torch.Tensor) -> type[Sampler]:
+    return CandidateSampler if logits.dim() == 3 else ElementwiseSampler
+
+
+def _row_slices(logits: torch.Tensor, pattern: NMPattern, in_features: int) -> list[slice]:
+    """Slices of the rows of logits."""
+    rows, per_group = logits.shape[0], _sampler_class(logits).values_per_group(pattern)
+    budget = _CPU_GROUPS if logits.device.type == "cpu" else _GPU_GROUPS
+    step = max(1, 6 * budget // (per_group * pattern.num_groups(in_features)))
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
-
-
-class _Sampler:
-    """Probabilities and masks of a layer, for any slice of its rows."""
-
-    def __init__(
-        self,
-        logits: torch.Tensor,
-        pattern: NMPattern,
-        in_features: int,
-        key: NoiseKey,
-        scalars: tuple[torch.Tensor, ...],
-        noise: bool,
-    ) -> None:
-        temperature, logit_scale, _, self.step, self.draw = scalars
-        self.dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        self.logits, self.key, self.noise, self.in_features = logits, key, noise, in_features
-        self.slope = logit_scale.to(self.dtype) / temperature.to(self.dtype)
-        self.inverse_temperature = temperature.to(self.dtype).reciprocal()
-        self.candidates = pattern.candidates(logits.device, self.dtype)
-        has_tail = pattern.tail(in_features) > 0
-        self.barred_in_tail = ~pattern.tail_candidates(in_features, logits.device) if has_tail else None
-        self.slices = _row_slices(logits)
-
-    def probabilities(self, rows: slice) -> torch.Tensor:
-        """`[rows, C, groups]`."""
-        _, num_candidates, groups = self.logits.shape
-        scores = self.logits[rows].to(self.dtype) * self.slope
-        if self.noise:
-            index = torch.arange(rows.start * groups, rows.stop * groups, device=scores.device).view(-1, groups)
-            noise = gumbel_noise(index, num_candidates, self.key, self.step, self.draw, self.dtype)
-            scores += noise.mul_(self.inverse_temperature)
-        if self.barred_in_tail is not None:
-            scores[:, :, -1].masked_fill_(self.barred_in_tail, float("-inf"))
-        return scores.softmax(1)
-
-    def mask(self, probabilities: torch.Tensor) -> torch.Tensor:
-        """`[rows, C, groups]` -> `[rows, in]`."""
-        return (probabilities.transpose(1, 2) @ self.candidates).flatten(1)[:, : self.in_features]
 
 
 class _MaskedWeight(torch.autograd.Function):
@@ -189,16 +110,17 @@ class _MaskedWeight(torch.autograd.Function):
         ctx.pattern, ctx.key, ctx.hard = pattern, key, hard
         in_features = weight.shape[1]
         result = torch.empty_like(weight)
+        slices = _row_slices(logits, pattern, in_features)
         with torch.autocast(weight.device.type, enabled=False):  # it would multiply the masks in low precision
             if hard:
-                for rows in _row_slices(logits):
-                    mask = _hard_mask(logits[rows], pattern, in_features)
+                for rows in slices:
+                    mask = _sampler_class(logits).hard_mask(logits[rows], pattern, in_features)
                     torch.where(mask, weight[rows], weight.new_zeros(()), out=result[rows])
                 return result
-            scalars = (temperature, logit_scale, regularization, step, draw)
-            sampler = _Sampler(logits, pattern, in_features, key, scalars, noise=True)
-            for rows in sampler.slices:
-                torch.mul(weight[rows], sampler.mask(sampler.probabilities(rows)), out=result[rows])
+            state = SamplingState(temperature, logit_scale, regularization, step, draw)
+            sampler = _sampler_class(logits)(logits, pattern, in_features, key, state, noise=True)
+            for rows in slices:
+                torch.mul(weight[rows], sampler.mask(sampler.distribution(rows)), out=result[rows])
         return result
 
     @staticmethod
@@ -210,17 +132,19 @@ class _MaskedWeight(torch.autograd.Function):
     def _gradients(ctx, grad):
         weight, logits, *scalars = ctx.saved_tensors
         pattern, hard, in_features = ctx.pattern, ctx.hard, weight.shape[1]
-        sampler = _Sampler(logits, pattern, in_features, ctx.key, scalars, noise=not hard)
-        temperature, logit_scale, regularization = (scalar.to(sampler.dtype) for scalar in scalars[:3])
-        slope, reward = logit_scale / temperature, 2 * regularization
+        state = SamplingState(*scalars)
+        sampler = _sampler_class(logits)(logits, pattern, in_features, ctx.key, state, noise=not hard)
+        reward = 2 * state.regularization.to(sampler.dtype)
         grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[0] else None
         grad_logits = torch.empty_like(logits) if ctx.needs_input_grad[1] else None
-        padding = -in_features % pattern.m
 
-        for rows in sampler.slices:
-            y = sampler.probabilities(rows)
-            w, a = weight[rows].to(y.dtype), grad[rows].to(y.dtype)
-            mask = _hard_mask(logits[rows], pattern, in_features) if hard else sampler.mask(y)
+        for rows in _row_slices(logits, pattern, in_features):
+            distribution = sampler.distribution(rows)
+            w, a = weight[rows].to(sampler.dtype), grad[rows].to(sampler.dtype)
+            if hard:
+                mask = sampler.hard_mask(logits[rows], pattern, in_features)
+            else:
+                mask = sampler.mask(distribution)
             if grad_weight is not None:
                 grad_weight[rows] = a * mask
             if grad_logits is None:
@@ -228,13 +152,5 @@ class _MaskedWeight(torch.autograd.Function):
             grad_mask = a * w  # not in place: where dtypes agree these are the caller's own tensors
             if not hard:
                 grad_mask -= w.square().mul_(mask).mul_(reward)
-            grouped = F.pad(grad_mask, (0, padding)).unflatten(1, (-1, pattern.m))  # [rows, groups, m]
-            grad_y = sampler.candidates @ grouped.transpose(1, 2)  # [rows, C, groups]
-            grad_y -= (y * grad_y).sum(1, keepdim=True)
-            torch.mul(grad_y.mul_(y), slope, out=grad_logits[rows])
+            torch.mul(sampler.gradient(distribution, grad_mask), sampler.slope, out=grad_logits[rows])
         return grad_weight, grad_logits, *[None] * 8
-
-
-def _hard_mask(logits: torch.Tensor, pattern: NMPattern, in_features: int) -> torch.Tensor:
-    codes = hard_codes(logits, pattern, in_features)
-    return pattern.candidates(logits.device)[codes].flatten(1)[:, :in_features]

@@ -59,9 +59,7 @@ class SideBranch:
     def apply(self, function: Callable[[torch.Tensor], torch.Tensor]) -> SideBranch:
         """The same branch with `function` applied to each tensor."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return SideBranch(
-            **{name: function(v) if isinstance(v, torch.Tensor) else v for name, v in values.items()}
-        )
+        return SideBranch(**{name: function(v) if isinstance(v, torch.Tensor) else v for name, v in values.items()})
 
     def __add__(self, other: SideBranch) -> SideBranch:
         """The branch that adds what both add.

@@ -3,8 +3,10 @@
 
 from .compress import PackedSizes, compress, decompress, packed_sizes
 from .config import PackedConfig
-from .modules import Explanation, SparseLinear24, explain
+from .explain import Explanation, explain
+from .modules import SparseLinear24
 from .quantizer import PackedQuantizer, register
+from .stored_mask import StoredLayerMask, StoredMask
 
 __all__ = [
     "Explanation",
@@ -12,6 +14,8 @@ __all__ = [
     "PackedQuantizer",
     "PackedSizes",
     "SparseLinear24",
+    "StoredLayerMask",
+    "StoredMask",
     "compress",
     "decompress",
     "explain",

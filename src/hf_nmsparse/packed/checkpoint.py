@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from .. import ops
 from ..errors import FormatError
 from ..fingerprint import digest, to_hex
+from .branch import BRANCH_LEAVES, num_blocks
 from .config import FORMAT_VERSION, check_format_version
 
 VERSION_KEY = "nmsparse.format_version"
@@ -36,12 +37,34 @@ class _File:
     metadata: dict[str, str]
 
 
-def check_packed_files(files: Iterable[str], check_digests: bool = True) -> list[str]:
-    """Names, as in the files, of the packed layers of a checkpoint, once all of them are found sound.
+@dataclass(frozen=True)
+class StoredLayer:
+    """A packed layer as it lies in a checkpoint.
+
+    Args:
+        in_features (`int`): of its dense weight.
+        leaves (`tuple[str, ...]`): its packed tensors: weight, weight_idx and those of its side branch.
+        slorb_width (`int`, *optional*): columns of its SLoRB tensor.
+        low_rank (`int`, *optional*): rank of its low-rank term.
+    """
+
+    in_features: int
+    leaves: tuple[str, ...]
+    slorb_width: int | None = None
+    low_rank: int | None = None
+
+    @property
+    def has_branch(self) -> bool:
+        """Whether the layer has a side branch."""
+        return self.slorb_width is not None or self.low_rank is not None
+
+
+def check_packed_files(files: Iterable[str], check_digests: bool = True) -> dict[str, StoredLayer]:
+    """The packed layers of a checkpoint by their names in the files, once all of them are found sound.
 
     Args:
         files (`Iterable[str]`): all safetensors files of the checkpoint.
-        check_digests (`bool`): also compare values and ids with the digests in the header, reading both whole.
+        check_digests (`bool`): also compare packed tensors with the digests in the header, reading them whole.
 
     Raises:
         FormatError: naming the tensor that is missing, misshapen, altered or without digest, or the file that is damaged
@@ -58,9 +81,30 @@ def check_packed_files(files: Iterable[str], check_digests: bool = True) -> list
                 f"no packed tensors (*.weight_idx) in {', '.join(map(str, files))}, though the config says the model is "
                 "packed; remove quantization_config from config.json if the weights are dense"
             )
+        _refuse_stray_branches(where, layers)
         with ThreadPoolExecutor(_READERS) as pool:
-            list(pool.map(lambda layer: _check_layer(layer, where, check_digests), layers))
-        return layers
+            return dict(
+                zip(layers, pool.map(lambda layer: _check_layer(layer, where, check_digests), layers), strict=True)
+            )
+
+
+def check_slorb_block(layers: Mapping[str, StoredLayer], slorb_block: int | None) -> None:
+    """Compare the widths of the SLoRB tensors with the block size of the config: no shape tells it.
+
+    Raises:
+        FormatError: naming the layer.
+    """
+    for name, layer in layers.items():
+        if layer.slorb_width is None:
+            continue
+        if slorb_block is None:
+            raise FormatError(f"{name}.weight_slorb is there, but quantization_config has no slorb_block; restore it")
+        expected = num_blocks(layer.in_features, slorb_block)
+        if layer.slorb_width != expected:
+            raise FormatError(
+                f"{name}.weight_slorb has {layer.slorb_width} columns; in_features={layer.in_features} in blocks of "
+                f"slorb_block={slorb_block} makes {expected}. config.json and the weights do not belong together"
+            )
 
 
 def _open(stack: ExitStack, path: str) -> _File:
@@ -77,26 +121,66 @@ def _open(stack: ExitStack, path: str) -> _File:
     return _File(str(path), handle, metadata)
 
 
-def _check_layer(layer: str, where: Mapping[str, _File], check_digests: bool) -> None:
+def _refuse_stray_branches(where: Mapping[str, _File], layers: Iterable[str]) -> None:
+    """A branch tensor beside a dense layer would be left out of the model without an error."""
+    owners = {f"{layer}.{leaf}" for layer in layers for leaf in BRANCH_LEAVES}
+    for name in where:
+        if name.rpartition(".")[2] in BRANCH_LEAVES and name not in owners:
+            raise FormatError(f"{name} lies beside no packed layer; fetch all files of the checkpoint again")
+
+
+def _check_layer(layer: str, where: Mapping[str, _File], check_digests: bool) -> StoredLayer:
     values_name, ids_name = f"{layer}.weight", f"{layer}.weight_idx"
     if values_name not in where:
         raise FormatError(
             f"{values_name} is missing though {ids_name} is there; fetch all files of the checkpoint again"
         )
-    values = where[values_name].handle.get_slice(values_name)
-    ids = where[ids_name].handle.get_slice(ids_name)
-    shapes = (values.get_shape(), ids.get_shape())
-    if ids.get_dtype() != "U8" or len(shapes[1]) != 2 or shapes[0] != [shapes[1][0], 4 * shapes[1][1]]:
+    values_shape, (ids_shape, ids_dtype) = _floats(values_name, where), _shape_and_dtype(ids_name, where)
+    if ids_dtype != "U8" or len(ids_shape) != 2 or values_shape != [ids_shape[0], 4 * ids_shape[1]]:
         raise FormatError(
-            f"{ids_name}: {ids.get_dtype()} {shapes[1]} does not fit {values_name} {shapes[0]}; expected U8 [out, in/8] "
+            f"{ids_name}: {ids_dtype} {ids_shape} does not fit {values_name} {values_shape}; expected U8 [out, in/8] "
             "beside [out, in/2]"
         )
-    if values.get_dtype() not in _FLOATS:
-        raise FormatError(f"{values_name}: dtype {values.get_dtype()}, expected one of {', '.join(_FLOATS)}")
+    stored = _check_branch(layer, where, values_shape[0], 2 * values_shape[1])
     if check_digests:
-        for name in (ids_name, values_name):
-            _check_digest(name, where[name])
+        for leaf in stored.leaves:
+            _check_digest(f"{layer}.{leaf}", where[f"{layer}.{leaf}"])
     ops.check_ids_24(where[ids_name].handle.get_tensor(ids_name), ids_name)
+    return stored
+
+
+def _check_branch(layer: str, where: Mapping[str, _File], out_features: int, in_features: int) -> StoredLayer:
+    slorb, low_rank_a, low_rank_b = (f"{layer}.{leaf}" for leaf in BRANCH_LEAVES)
+    width = rank = None
+    if slorb in where:
+        width = _floats(slorb, where, out_features, None)[1]
+    if (low_rank_a in where) != (low_rank_b in where):
+        here, missing = (low_rank_a, low_rank_b) if low_rank_a in where else (low_rank_b, low_rank_a)
+        raise FormatError(f"{missing} is missing though {here} is there; fetch all files of the checkpoint again")
+    if low_rank_a in where:
+        rank = _floats(low_rank_a, where, None, in_features)[0]
+        _floats(low_rank_b, where, out_features, rank)
+    leaves = [leaf for leaf in BRANCH_LEAVES if f"{layer}.{leaf}" in where]
+    return StoredLayer(in_features, ("weight", "weight_idx", *leaves), width, rank)
+
+
+def _shape_and_dtype(name: str, where: Mapping[str, _File]) -> tuple[list[int], str]:
+    found = where[name].handle.get_slice(name)
+    return found.get_shape(), found.get_dtype()
+
+
+def _floats(name: str, where: Mapping[str, _File], *expected: int | None) -> list[int]:
+    """Shape of a tensor of floats; `None` in `expected` stands for any size from 1."""
+    shape, dtype = _shape_and_dtype(name, where)
+    fits = len(shape) == len(expected) and all(
+        size == wanted or (wanted is None and size > 0) for size, wanted in zip(shape, expected, strict=True)
+    )
+    if expected and not fits:
+        sizes = ", ".join("any" if size is None else str(size) for size in expected)
+        raise FormatError(f"{name}: shape {shape} does not fit its layer; expected [{sizes}]")
+    if dtype not in _FLOATS:
+        raise FormatError(f"{name}: dtype {dtype}, expected one of {', '.join(_FLOATS)}")
+    return shape
 
 
 def _check_digest(name: str, file: _File) -> None:

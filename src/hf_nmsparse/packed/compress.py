@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +13,10 @@ from transformers import PreTrainedModel
 
 from .. import ops
 from ..errors import ConfigError, PatternError, UnsupportedError
+from ..ops import SideBranch
+from .branch import BRANCH_LEAVES, add_branch, check_branch, common_slorb_block, slorb_block_of
 from .config import QUANT_METHOD, PackedConfig
-from .layers import TIED, linear_layers, log_dense, replace_modules, unpackable_layers
+from .layers import TIED, dense_weight, linear_layers, log_dense, replace_modules, unpackable_layers
 from .modules import PATTERN, SparseLinear24
 from .quantizer import PackedQuantizer, packed_layers, unpack_layers
 
@@ -22,7 +24,10 @@ logger = logging.getLogger(__name__)
 
 
 def compress(
-    model: nn.Module, masks: Mapping[str, torch.Tensor] | None = None, memory: str | None = None
+    model: nn.Module,
+    masks: Mapping[str, torch.Tensor] | None = None,
+    memory: str | None = None,
+    branches: Mapping[str, SideBranch] | None = None,
 ) -> nn.Module:
     """Pack the 2:4 linear layers of a model, in place; `save_pretrained` and `push_to_hub` then store it packed.
 
@@ -31,54 +36,61 @@ def compress(
 
     Args:
         model (`nn.Module`): usually a `PreTrainedModel`; merge adapters first.
-        masks (`Mapping[str, torch.Tensor]`, *optional*): layer name -> mask `[out, in]`, non-zero = kept. The model then
-            computes with exactly these masks. Layers whose mask is not inside 2:4, or that cannot be packed, stay dense
-            with zeros, are logged and listed in the config. Without `masks` they are read from the zeros of the weights,
-            and groups with fewer than two non-zeros are completed lowest index first.
+        masks (`Mapping[str, torch.Tensor]`, *optional*): layer name -> mask `[out, in]` (for a `Conv1D` too), non-zero =
+            kept. The model then computes with exactly these masks. Layers whose mask is not inside 2:4, or that cannot
+            be packed, stay dense with zeros, are logged and listed in the config. Without `masks` they are read from
+            the zeros of the weights, and groups with fewer than two non-zeros are completed lowest index first.
         memory (`str`, *optional*): "fast" or "low", see `SparseLinear24`.
+        branches (`Mapping[str, SideBranch]`, *optional*): layer name -> what the layer adds beside its sparse weight,
+            kept as a side branch. Where the layer cannot be packed it is folded into the dense weight, and logged.
 
     Returns:
         the same model.
 
     Raises:
-        UnsupportedError: if no layer is 2:4, a mask is for a tied weight, or the model carries an adapter, is quantised
-            otherwise, or is not loaded.
-        ConfigError: if a mask names no plain linear layer.
-        PatternError: if a mask has another shape than the weight.
+        UnsupportedError: if no layer is 2:4, a mask or branch is for a tied weight, SLoRB blocks differ, or the model
+            carries an adapter, is quantised otherwise, or is not loaded.
+        ConfigError: if a mask or branch names no plain linear layer, or a branch a layer without mask.
+        PatternError: if a mask has another shape than the weight, or a branch does not fit it.
     """
     _check_model(model)
-    layers, unpackable = linear_layers(model), unpackable_layers(model)
+    layers, unpackable, branches = linear_layers(model), unpackable_layers(model), branches or {}
     given = _zeros_as_masks(layers) if masks is None else _checked_masks(masks, layers, unpackable)
+    _check_branches(branches, layers, unpackable, given)
     packable, left_dense = _split(given, layers, unpackable)
-    if masks is not None:
-        log_dense(left_dense, "dense with zeros")
     if not packable and not packed_layers(model):
         raise UnsupportedError(
             f"none of the {len(layers)} linear layers is {PATTERN} sparse along its input dimension; prune the model first "
             "(hf_nmsparse.prune), merge its adapter (merge_and_unload), or give masks"
         )
-    packed = {name: SparseLinear24.from_linear(layers[name], given[name](), memory) for name in packable}
-    replace_modules(model, packed)
+    before = [layer.slorb_block for _, layer in packed_layers(model)]
+    slorb_block = common_slorb_block([*before, *(slorb_block_of(branches.get(name)) for name in packable)])
+    packed = {
+        name: SparseLinear24.from_linear(layers[name], given[name](), memory, branches.get(name)) for name in packable
+    }
     if masks is not None:
-        with torch.no_grad():
-            for name in left_dense:
-                layers[name].weight.masked_fill_(given[name]() == 0, 0)
+        log_dense(left_dense, "dense with zeros", branches)
+    else:  # that other layers are not sparse is no news
+        log_dense({name: why for name, why in left_dense.items() if name in branches}, "dense", branches)
+    replace_modules(model, packed)
+    for name in left_dense:
+        _settle_dense(layers[name], given[name], branches.get(name), masked=masks is not None)
     if isinstance(model, PreTrainedModel):
-        _attach_config(model)
-    completed = sum(packable.values())
+        _attach_config(model, slorb_block)
     logger.info(
         "packed %d linear layers (%d groups completed), %d stay dense",
         len(packed),
-        completed,
+        sum(packable.values()),
         len(linear_layers(model)),
     )
     return model
 
 
 def decompress(model: nn.Module) -> nn.Module:
-    """Swap packed layers for plain `nn.Linear` with the zeros in place; the inverse of `compress` on a masked model.
+    """Swap packed layers for the plain ones they were, zeros in place; the inverse of `compress` on a masked model.
 
-    Also under a PEFT wrapper, where the adapter can be merged afterwards.
+    Layers with a side branch become dense, and one warning says how many. Also under a PEFT wrapper, where the adapter
+    can be merged afterwards.
     """
     unpack_layers(model)
     for module in model.modules():
@@ -93,7 +105,7 @@ class PackedSizes:
 
     Args:
         layers (`int`): packed layers.
-        packed (`int`): bytes of values and ids.
+        packed (`int`): bytes of values and ids, and of side branches.
         dense (`int`): bytes of the same weights dense, in the dtype of each layer.
         dense_bf16 (`int`): the same in bfloat16.
     """
@@ -105,7 +117,10 @@ class PackedSizes:
 
     @property
     def ratio(self) -> float | None:
-        """Packed over dense bytes in the layers' own dtype: 0.5625 for 16-bit values. `None` without packed layers."""
+        """Packed over dense bytes in the layers' own dtype: 0.5625 for 16-bit values without side branches.
+
+        `None` without packed layers.
+        """
         return self.packed / self.dense if self.dense else None
 
 
@@ -115,10 +130,15 @@ def packed_sizes(model: nn.Module) -> PackedSizes:
     weights = [layer.in_features * layer.out_features for layer in layers]
     return PackedSizes(
         layers=len(layers),
-        packed=sum(t.numel() * t.element_size() for layer in layers for t in (layer.weight, layer.weight_idx)),
+        packed=sum(tensor.numel() * tensor.element_size() for layer in layers for tensor in _packed_tensors(layer)),
         dense=sum(count * layer.weight.element_size() for count, layer in zip(weights, layers, strict=True)),
         dense_bf16=2 * sum(weights),
     )
+
+
+def _packed_tensors(layer: SparseLinear24) -> list[torch.Tensor]:
+    tensors = [getattr(layer, leaf) for leaf in ("weight", "weight_idx", *BRANCH_LEAVES)]
+    return [tensor for tensor in tensors if tensor is not None]
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------
@@ -145,28 +165,43 @@ def _check_model(model: nn.Module) -> None:
             )
 
 
-def _zeros_as_masks(layers: Mapping[str, nn.Linear]) -> dict:
+def _zeros_as_masks(layers: Mapping[str, nn.Module]) -> dict:
     """Masks as functions, because those of all layers at once would take half of a bfloat16 model."""
-    return {name: lambda layer=layer: layer.weight.detach() != 0 for name, layer in layers.items()}
+    return {name: lambda layer=layer: dense_weight(layer).detach() != 0 for name, layer in layers.items()}
 
 
 def _checked_masks(
-    masks: Mapping[str, torch.Tensor], layers: Mapping[str, nn.Linear], unpackable: Mapping[str, str]
+    masks: Mapping[str, torch.Tensor], layers: Mapping[str, nn.Module], unpackable: Mapping[str, str]
 ) -> dict:
     for name, mask in masks.items():
         if name not in layers:
-            raise ConfigError(f"masks: {name!r} names no plain nn.Linear of the model; check the name")
+            raise ConfigError(f"masks: {name!r} names no plain linear layer of the model; check the name")
         if unpackable.get(name) == TIED:
             raise UnsupportedError(f"masks: {name}: {TIED}, which the mask would prune too; leave this layer out")
-        if mask.shape != layers[name].weight.shape:
-            raise PatternError(
-                f"masks: {name} has shape {list(mask.shape)}, its weight {list(layers[name].weight.shape)}"
-            )
+        shape = dense_weight(layers[name]).shape
+        if mask.shape != shape:
+            raise PatternError(f"masks: {name} has shape {list(mask.shape)}, its weight {list(shape)} as [out, in]")
     return {name: lambda name=name, mask=mask: mask.to(layers[name].weight.device) for name, mask in masks.items()}
 
 
+def _check_branches(
+    branches: Mapping[str, SideBranch],
+    layers: Mapping[str, nn.Module],
+    unpackable: Mapping[str, str],
+    given: Mapping,
+) -> None:
+    for name, branch in branches.items():
+        if name not in layers:
+            raise ConfigError(f"branches: {name!r} names no plain linear layer of the model; check the name")
+        if name not in given:
+            raise ConfigError(f"branches: {name!r} has a side branch but no mask; give both, or neither")
+        if unpackable.get(name) == TIED:
+            raise UnsupportedError(f"branches: {name}: {TIED}, to which it would be added too; leave this layer out")
+        check_branch(name, branch, *dense_weight(layers[name]).shape)
+
+
 def _split(
-    given: Mapping, layers: Mapping[str, nn.Linear], unpackable: Mapping[str, str]
+    given: Mapping, layers: Mapping[str, nn.Module], unpackable: Mapping[str, str]
 ) -> tuple[dict[str, int], dict[str, str]]:
     """Layers to pack -> groups to complete; the others -> why they stay dense."""
     packable, left_dense = {}, {}
@@ -184,8 +219,18 @@ def _split(
     return packable, left_dense
 
 
-def _attach_config(model: PreTrainedModel) -> None:
-    config = PackedConfig(modules_to_not_convert=sorted(linear_layers(model)))
+@torch.no_grad()
+def _settle_dense(layer: nn.Module, mask: Callable[[], torch.Tensor], branch: SideBranch | None, masked: bool) -> None:
+    """A layer that cannot be packed: zeros where its mask says so, its branch added to the weight."""
+    weight = dense_weight(layer)
+    if masked:
+        weight.masked_fill_(mask() == 0, 0)
+    if branch is not None:
+        weight.copy_(add_branch(weight, branch))
+
+
+def _attach_config(model: PreTrainedModel, slorb_block: int | None) -> None:
+    config = PackedConfig(modules_to_not_convert=sorted(linear_layers(model)), slorb_block=slorb_block)
     model.config.quantization_config = config
     model.hf_quantizer = PackedQuantizer(config, pre_quantized=True)
     model.is_quantized = True

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -13,14 +14,16 @@ from .modules import MEMORY_MODES, PATTERN
 
 QUANT_METHOD = "nmsparse"
 FORMAT_VERSION = 1
-_LOADING_ATTRIBUTES = ("dequantize", "memory", "check_digests")
+_MASK_ATTRIBUTES = ("mask", "revision", "task", "allow_base_mismatch")
+_LOADING_ATTRIBUTES = ("dequantize", "memory", "check_digests", *_MASK_ATTRIBUTES)
 
 
 class PackedConfig(QuantizationConfigMixin):
     """Config of a model whose linear layers are packed 2:4.
 
-    On a dense checkpoint it makes `from_pretrained` prune by magnitude while loading; on a packed one its loading
-    attributes take effect. A plain dict `{"quant_method": "nmsparse", ...}` does the same on a dense checkpoint.
+    On a dense checkpoint it makes `from_pretrained` put a published mask on it while loading, or prune by magnitude
+    without one; on a packed checkpoint its loading attributes take effect. A plain dict
+    `{"quant_method": "nmsparse", ...}` does the same on a dense checkpoint.
 
     Args:
         pattern (`str`, defaults to `"2:4"`): the packed form. Patterns inside it (1:4) pack as 2:4.
@@ -29,10 +32,17 @@ class PackedConfig(QuantizationConfigMixin):
             a stored config: the full name of each dense linear layer.
         format_version (`int`, defaults to 1): of the packed tensors (docs/FORMAT.md).
         values (`str`, defaults to `"dense"`): how kept weights are stored; "dense": in the dtype of the model.
+        slorb_block (`int`, *optional*): inputs per block of the SLoRB terms beside the masks; stored where there are any.
         dequantize (`bool`, defaults to `False`): loading attribute, never stored: load as plain dense layers.
         memory (`str`, *optional*): loading attribute: "fast" or "low", see `SparseLinear24`.
         check_digests (`bool`, defaults to `True`): loading attribute: check the packed tensors against the digests in
             their file, before the model is changed.
+        mask (`str` or `Path`, *optional*): loading attribute, for a dense checkpoint only: folder or Hub repo of a
+            published mask. Its layers are packed with it, the others stay dense.
+        revision (`str`, *optional*), task (`str`, *optional*): loading attributes: revision of the mask's repo, and
+            subfolder where it holds masks of several tasks.
+        allow_base_mismatch (`bool`, defaults to `False`): loading attribute: accept base weights other than those that
+            the mask was made for.
 
     Raises:
         FormatError: if `format_version` or `values` is of a later version.
@@ -45,10 +55,15 @@ class PackedConfig(QuantizationConfigMixin):
         modules_to_not_convert: list[str] | None = None,
         format_version: int = FORMAT_VERSION,
         values: str = "dense",
+        slorb_block: int | None = None,
         *,
         dequantize: bool = False,
         memory: str | None = None,
         check_digests: bool = True,
+        mask: str | os.PathLike | None = None,
+        revision: str | None = None,
+        task: str | None = None,
+        allow_base_mismatch: bool = False,
         quant_method: str = QUANT_METHOD,
         **unknown: Any,
     ) -> None:
@@ -66,14 +81,31 @@ class PackedConfig(QuantizationConfigMixin):
             raise ConfigError(f"PackedConfig: pattern={pattern!r}; the packed form is '2:4', 1:4 packs as 2:4 too")
         if memory is not None and memory not in MEMORY_MODES:
             raise ConfigError(f"PackedConfig: memory={memory!r}; use one of {MEMORY_MODES} or None")
+        if slorb_block is not None and (
+            isinstance(slorb_block, bool) or not isinstance(slorb_block, int) or slorb_block < 1
+        ):
+            raise ConfigError(f"PackedConfig: slorb_block={slorb_block!r}; give the inputs per block, or None")
+        if mask is None and (revision is not None or task is not None or allow_base_mismatch):
+            raise ConfigError(
+                "PackedConfig: revision, task and allow_base_mismatch belong to a mask; name it with mask="
+            )
+        if mask is not None and modules_to_not_convert is not None:
+            raise ConfigError(
+                "PackedConfig: the mask says which layers are packed; leave modules_to_not_convert out beside mask="
+            )
         self.quant_method = quant_method
         self.pattern = str(PATTERN)
         self.modules_to_not_convert = _names(modules_to_not_convert)
         self.format_version = format_version
         self.values = values
+        self.slorb_block = slorb_block
         self.dequantize = dequantize
         self.memory = memory
         self.check_digests = check_digests
+        self.mask = None if mask is None else os.fspath(mask)
+        self.revision = revision
+        self.task = task
+        self.allow_base_mismatch = allow_base_mismatch
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """The options that a caller of `from_pretrained` may set on an already packed checkpoint."""
@@ -81,7 +113,10 @@ class PackedConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """The stored fields: how a checkpoint is loaded is no property of the checkpoint."""
-        return {name: value for name, value in super().to_dict().items() if name not in _LOADING_ATTRIBUTES}
+        stored = {name: value for name, value in super().to_dict().items() if name not in _LOADING_ATTRIBUTES}
+        if stored["slorb_block"] is None:  # most models have no SLoRB, and readers before it knew no such field
+            del stored["slorb_block"]
+        return stored
 
 
 def check_format_version(version: object, where: str) -> None:

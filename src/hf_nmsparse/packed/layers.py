@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from .. import _compat
 
@@ -17,9 +19,27 @@ logger = logging.getLogger(__name__)
 TIED = "its weight is tied to another one"
 
 
-def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """Plain linear layers by name. Subclasses are left out: their owners may read the weight past the layer."""
-    return {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a plain linear layer: `nn.Linear`, or GPT-2's `Conv1D`, which holds its weight as `[in, out]`.
+
+    Subclasses are none: their owners may read the weight past the layer.
+    """
+    return type(module) in (nn.Linear, Conv1D)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is a plain `Conv1D`."""
+    return type(module) is Conv1D
+
+
+def dense_weight(layer: nn.Linear | Conv1D) -> torch.Tensor:
+    """The weight of a plain linear layer as `[out, in]`, whichever way the layer holds it; a view."""
+    return layer.weight.t() if is_conv1d(layer) else layer.weight
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
+    """Plain linear layers by name, see `is_linear`."""
+    return {name: module for name, module in model.named_modules() if is_linear(module)}
 
 
 def unpackable_layers(model: nn.Module) -> dict[str, str]:
@@ -31,8 +51,8 @@ def unpackable_layers(model: nn.Module) -> dict[str, str]:
     for name, layer in layers.items():
         if name in tied:
             reasons[name] = TIED
-        elif layer.in_features % 8:
-            reasons[name] = f"in_features={layer.in_features} is no multiple of 8"
+        elif (in_features := dense_weight(layer).shape[1]) % 8:
+            reasons[name] = f"in_features={in_features} is no multiple of 8"
         elif name in fused:
             reasons[name] = "checkpoints of this architecture store its weight fused with others"
     return reasons
@@ -44,7 +64,7 @@ def _tied_layers(model: nn.Module) -> set[str]:
     owners = Counter(
         id(weight) for _, module in modules for weight in module._parameters.values() if weight is not None
     )
-    return {name for name, module in modules if type(module) is nn.Linear and owners[id(module.weight)] > 1}
+    return {name for name, module in modules if is_linear(module) and owners[id(module.weight)] > 1}
 
 
 def _fused_layers(model: nn.Module, names: Iterable[str]) -> set[str]:
@@ -65,8 +85,9 @@ def replace_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
         model.set_submodule(name, module)
 
 
-def log_dense(reasons: Mapping[str, str], what: str) -> None:
-    """One line for the layers that stay dense although they were to be packed."""
+def log_dense(reasons: Mapping[str, str], what: str, folded: Collection[str] = ()) -> None:
+    """One line for the layers that stay dense although they were to be packed; `folded`: with their side branch."""
     if reasons:
-        listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        folds = {name: ", and its side branch is folded in" if name in folded else "" for name in reasons}
+        listed = "; ".join(f"{name}: {reason}{folds[name]}" for name, reason in reasons.items())
         logger.warning("%d linear layers stay %s: %s", len(reasons), what, listed)

@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`SparseLinear24`, a linear layer that holds its 2:4 weight packed, and `explain`, which says how a layer computes."""
+"""`SparseLinear24`, a linear layer that holds its 2:4 weight packed, with or without a side branch."""
 
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from .. import ops
-from ..errors import ConfigError, PatternError, UnsupportedError
+from ..errors import ConfigError, PatternError
+from ..ops import SideBranch
 from ..pattern import NMPattern
+from .branch import BRANCH_LEAVES, add_branch, branch_tensors, check_branch, num_blocks, rank_of, slorb_block_of
+from .layers import dense_weight, is_conv1d
 
 PATTERN = NMPattern(2, 4)
 MEMORY_MODES = ("fast", "low")
@@ -23,7 +26,9 @@ class SparseLinear24(nn.Linear):
     """`nn.Linear` with a packed 2:4 weight, 0.5625 of the bytes of a dense bfloat16 one.
 
     A subclass of `nn.Linear`, so that PEFT and Transformers treat it as one; but `weight` is `[out, in/2]`.
-    Both packed tensors are parameters, because offloading and sharding tools look after parameters only.
+    All tensors are parameters, because offloading and sharding tools look after parameters only.
+
+    It computes `y = x W^T + b + branch(x)`, W the 2:4 weight and branch the optional side branch (SLoRB, low rank).
 
     With `memory="fast"` the dense weight is unpacked once and kept beside the packed one. It is no part of the state
     dict, of copies or of pickles, and is unpacked anew when the packed tensors are replaced or changed in place. Only a
@@ -37,11 +42,16 @@ class SparseLinear24(nn.Linear):
         bias (`bool`, defaults to `True`): whether there is a bias `[out]`.
         device, dtype: as for `nn.Linear`.
         memory (`str`, *optional*): "fast" or "low" (unpack at each call); `None`: "fast" on the CPU, "low" elsewhere.
+        slorb_block (`int`, *optional*): k, inputs per block of a SLoRB term beside the weight.
+        low_rank (`int`, *optional*): r, rank of a low-rank term beside the weight.
+        conv1d (`bool`, defaults to `False`): whether its dense form is a `Conv1D` of Transformers.
 
     Attributes:
         weight: kept values, `[out, in/2]`, dtype of the layer.
         weight_idx: uint8 `[out, in/8]`, four 2-bit column ids a byte, low bits first, ascending in a group; no gradient.
             (`module.requires_grad_(True)` on a whole model fails on it: loop over the floating point parameters.)
+        weight_slorb: `[out, ceil(in/k)]` or `None`.
+        weight_low_rank_a, weight_low_rank_b: `[r, in]` and `[out, r]`, or `None`.
         bias: `[out]` or `None`.
 
     Raises:
@@ -56,63 +66,111 @@ class SparseLinear24(nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         memory: str | None = None,
+        *,
+        slorb_block: int | None = None,
+        low_rank: int | None = None,
+        conv1d: bool = False,
     ) -> None:
         nn.Module.__init__(self)
         if in_features % 8:
             raise PatternError(f"in_features={in_features} is no multiple of 8; such a layer cannot be packed")
+
+        def empty(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
         self.in_features, self.out_features = in_features, out_features
-        self.weight = nn.Parameter(torch.empty(out_features, in_features // 2, device=device, dtype=dtype))
+        self.slorb_block, self.conv1d = slorb_block, conv1d
+        self.weight = empty(out_features, in_features // 2)
         ids = torch.empty(out_features, in_features // 8, device=device, dtype=torch.uint8)
         self.weight_idx = nn.Parameter(ids, requires_grad=False)
-        self.register_parameter(
-            "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
-        )
+        blocks = None if slorb_block is None else num_blocks(in_features, slorb_block)
+        self.register_parameter("weight_slorb", None if blocks is None else empty(out_features, blocks))
+        self.register_parameter("weight_low_rank_a", None if low_rank is None else empty(low_rank, in_features))
+        self.register_parameter("weight_low_rank_b", None if low_rank is None else empty(out_features, low_rank))
+        self.register_parameter("bias", empty(out_features) if bias else None)
         self.memory = memory
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As `nn.Linear` on the kept values; the first two of each group are kept."""
+        """As `nn.Linear` on the kept values; the first two of each group are kept, and the side branch adds nothing."""
         with torch.no_grad():
             self.weight_idx.fill_(_FIRST_TWO_OF_EACH_GROUP)
+            for leaf in ("weight_slorb", "weight_low_rank_b"):
+                if getattr(self, leaf) is not None:
+                    getattr(self, leaf).zero_()
+        if self.weight_low_rank_a is not None:
+            nn.init.kaiming_uniform_(self.weight_low_rank_a, a=5**0.5)  # as the weight; zero too, it would never train
         super().reset_parameters()
 
     # --- conversion -------------------------------------------------------------------------------------------------
     @classmethod
     @torch.no_grad()
-    def from_linear(cls, linear: nn.Linear, mask: torch.Tensor, memory: str | None = None) -> SparseLinear24:
+    def from_linear(
+        cls,
+        linear: nn.Linear | Conv1D,
+        mask: torch.Tensor,
+        memory: str | None = None,
+        branch: SideBranch | None = None,
+    ) -> SparseLinear24:
         """Pack the weight of `linear` where `mask` keeps it; dtype, device, bias and flags stay.
 
         Args:
-            linear (`nn.Linear`): weight `[out, in]`.
+            linear (`nn.Linear` or `Conv1D`): weight `[out, in]`, or `[in, out]` in a `Conv1D`.
             mask (`torch.Tensor`): `[out, in]`, non-zero = kept, at most 2 of each 4. Groups that keep fewer are
                 completed lowest index first, with zeros.
             memory (`str`, *optional*): see the class.
+            branch (`SideBranch`, *optional*): beside the weight; it gets the dtype, device and flags of the weight.
 
         Raises:
-            PatternError: if in_features is no multiple of 8, or a group keeps more than two.
+            PatternError: if in_features is no multiple of 8, a group keeps more than two, or the branch does not fit.
         """
-        keep = mask.to(linear.weight.device) != 0
-        if keep.shape != linear.weight.shape:
-            raise PatternError(f"mask of shape {list(keep.shape)} for a weight of shape {list(linear.weight.shape)}")
-        completed, _ = ops.complete_mask(keep, PATTERN)
-        values, ids = ops.pack_24(linear.weight.detach().masked_fill(~keep, 0), completed)
-        packed = cls._empty_like(linear, memory)
-        packed.weight = nn.Parameter(values, requires_grad=linear.weight.requires_grad)
+        weight = dense_weight(linear).detach()
+        keep = mask.to(weight.device) != 0
+        if keep.shape != weight.shape:
+            raise PatternError(f"mask of shape {list(keep.shape)} for a weight of shape {list(weight.shape)}")
+        if branch is not None:
+            check_branch(type(linear).__name__, branch, *weight.shape)
+        values, ids = pack_masked(weight, keep)
+        packed = cls.empty_like(linear, memory, "meta", slorb_block_of(branch), rank_of(branch))
+        tensors = {leaf: tensor.detach().to(values, copy=True) for leaf, tensor in branch_tensors(branch).items()}
+        for leaf, tensor in {"weight": values, **tensors}.items():
+            setattr(packed, leaf, nn.Parameter(tensor.contiguous(), requires_grad=linear.weight.requires_grad))
         packed.weight_idx = nn.Parameter(ids, requires_grad=False)
         packed.bias = linear.bias
         return packed.train(linear.training)
 
     @classmethod
-    def _empty_like(cls, linear: nn.Linear, memory: str | None) -> SparseLinear24:
-        has_bias = linear.bias is not None
-        weight = linear.weight
-        return cls(linear.in_features, linear.out_features, has_bias, device="meta", dtype=weight.dtype, memory=memory)
+    def empty_like(
+        cls,
+        linear: nn.Linear | Conv1D,
+        memory: str | None = None,
+        device: torch.device | str | None = None,
+        slorb_block: int | None = None,
+        low_rank: int | None = None,
+    ) -> SparseLinear24:
+        """A fresh packed layer of the sizes and dtype of `linear`."""
+        out_features, in_features = dense_weight(linear).shape
+        return cls(
+            in_features,
+            out_features,
+            linear.bias is not None,
+            device=device,
+            dtype=linear.weight.dtype,
+            memory=memory,
+            slorb_block=slorb_block,
+            low_rank=low_rank,
+            conv1d=is_conv1d(linear),
+        )
 
     @torch.no_grad()
-    def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
-        """Plain `nn.Linear` with the zeros in place, in `dtype` (default: as it is)."""
-        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+    def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear | Conv1D:
+        """The plain layer it was, in `dtype` (default: as it is): zeros in place, or dense with a side branch."""
         weight = self.dequantize().to(dtype or self.weight.dtype)
+        with torch.device("meta"):
+            if self.conv1d:
+                linear, weight = Conv1D(self.out_features, self.in_features), weight.t().contiguous()
+            else:
+                linear = nn.Linear(self.in_features, self.out_features, self.bias is not None)
         linear.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
         linear.bias = self.bias
         if self.bias is not None and dtype not in (None, self.bias.dtype):
@@ -120,11 +178,28 @@ class SparseLinear24(nn.Linear):
         return linear.train(self.training)
 
     def dequantize(self) -> torch.Tensor:
-        """The dense weight `[out, in]`, pruned positions +0; differentiable in `weight`."""
+        """The dense weight `[out, in]` that the layer computes with, side branch and all; differentiable."""
+        branch = self.branch
+        return self.sparse_weight() if branch is None else add_branch(self.sparse_weight(), branch)
+
+    def sparse_weight(self) -> torch.Tensor:
+        """The 2:4 part of the weight, `[out, in]`, pruned positions +0; differentiable in `weight`."""
         return ops.unpack_24(self.weight, self.weight_idx)
+
+    @property
+    def branch(self) -> SideBranch | None:
+        """The side branch, if there is one."""
+        if all(getattr(self, leaf) is None for leaf in BRANCH_LEAVES):
+            return None
+        return SideBranch(self.weight_slorb, self.slorb_block, self.weight_low_rank_a, self.weight_low_rank_b)
 
     # --- forward ----------------------------------------------------------------------------------------------------
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self._sparse_forward(x)
+        branch = self.branch
+        return y if branch is None else y + branch(x)
+
+    def _sparse_forward(self, x: torch.Tensor) -> torch.Tensor:
         if self._may_keep_dense():
             dense = self._kept_dense()
             if dense is not None:
@@ -159,14 +234,14 @@ class SparseLinear24(nn.Linear):
         return all(type(tensor) is nn.Parameter and not tensor.is_inference() for tensor in tensors)
 
     def _kept_dense(self) -> torch.Tensor | None:
-        """The kept dense weight; `None` at the first call on these tensors."""
+        """The kept 2:4 weight, unpacked; `None` at the first call on these tensors."""
         if self._kept is None or not self._kept.is_of(self.weight, self.weight_idx):
             self._kept = _KeptDense(self.weight, self.weight_idx)
             return None
         if self._kept.dense is None:
             # Made in inference mode it could not take part in training of what lies before or beside this layer.
             with torch.inference_mode(False), torch.no_grad():
-                self._kept.dense = self.dequantize()
+                self._kept.dense = self.sparse_weight()
         return self._kept.dense
 
     def _apply(self, fn, recurse=True):
@@ -177,7 +252,21 @@ class SparseLinear24(nn.Linear):
         return {**super().__getstate__(), "_kept": None}
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, sparsity={PATTERN}, memory={self.memory}"
+        extra = f"{super().extra_repr()}, sparsity={PATTERN}, memory={self.memory}"
+        facts = {"slorb_block": self.slorb_block, "low_rank": rank_of(self.branch), "conv1d": self.conv1d or None}
+        return ", ".join([extra, *(f"{name}={value}" for name, value in facts.items() if value is not None)])
+
+
+def pack_masked(weight: torch.Tensor, keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values and ids of `weight` (`[out, in]`) where the bool mask `keep` keeps it.
+
+    Groups that keep fewer than two are completed lowest index first, with zeros.
+
+    Raises:
+        PatternError: if in_features is no multiple of 8, or a group keeps more than two.
+    """
+    completed, _ = ops.complete_mask(keep, PATTERN)
+    return ops.pack_24(weight.masked_fill(~keep, 0), completed)
 
 
 class _KeptDense:
@@ -195,49 +284,3 @@ class _KeptDense:
     def is_of(self, values: nn.Parameter, ids: nn.Parameter) -> bool:
         same = self._values() is values and self._ids() is ids
         return same and self._state == self._state_of(values, ids)
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """How a layer computes a call.
-
-    Args:
-        kind (`str`): class of the layer.
-        backend (`str`): for example "dense, unpacked once" or "reference, unpacked each call".
-        device (`str`), dtype (`str`): of the weight.
-        tokens (`int`): rows of input that were asked about.
-        resident_bytes (`int`): what the layer holds in memory once such a call has run.
-    """
-
-    kind: str
-    backend: str
-    device: str
-    dtype: str
-    tokens: int
-    resident_bytes: int
-
-
-def explain(module: nn.Module, tokens: int = 1) -> Explanation:
-    """Which path an eager call of `module` on `tokens` rows of input takes, under the present gradient mode.
-
-    Args:
-        module (`nn.Module`): a `SparseLinear24` or a plain `nn.Linear`.
-        tokens (`int`, defaults to 1): product of the leading dimensions of the input.
-
-    Raises:
-        UnsupportedError: for another kind of module.
-    """
-    if not isinstance(module, nn.Linear):
-        raise UnsupportedError(f"explain takes a linear layer, got {type(module).__name__}; pass one of its layers")
-    resident = sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
-    backend = "dense"
-    if isinstance(module, SparseLinear24):
-        if module._may_keep_dense():
-            backend = "dense, unpacked once"
-            resident += module.in_features * module.out_features * module.weight.element_size()
-        else:
-            chosen = ops.linear_24_backend(module.weight, tokens)
-            backend = f"{chosen.name}, unpacked each call" if chosen.name == "reference" else chosen.name
-    weight = module.weight
-    dtype = str(weight.dtype).removeprefix("torch.")
-    return Explanation(type(module).__name__, backend, str(weight.device), dtype, tokens, resident)

@@ -3,11 +3,13 @@
 
 from .base import RELAXATIONS, Relaxation, RelaxationConfig, get_relaxation, register_relaxation
 from .candidates import CandidatesRelaxation
+from .elementwise import ElementwiseRelaxation
 from .schedule import Moment, sampling_state
 
 __all__ = [
     "RELAXATIONS",
     "CandidatesRelaxation",
+    "ElementwiseRelaxation",
     "Moment",
     "Relaxation",
     "RelaxationConfig",

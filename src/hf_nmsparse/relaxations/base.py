@@ -70,6 +70,16 @@ class Relaxation(ABC):
     def codes(self, parameters: dict[str, torch.Tensor], in_features: int) -> torch.Tensor:
         """The final mask as codes, int64 `[out, groups]`."""
 
+    @abstractmethod
+    def certainty(
+        self, parameters: dict[str, torch.Tensor], in_features: int, state: SamplingState
+    ) -> tuple[float, float, int]:
+        """How decided the masks are without noise, over all groups of the given rows.
+
+        Returns:
+            sum of the probabilities of each group's most probable mask, sum of the entropies in bits, number of groups.
+        """
+
 
 RELAXATIONS: dict[str, type[Relaxation]] = {}
 _R = TypeVar("_R", bound=type[Relaxation])

@@ -5,19 +5,15 @@ from __future__ import annotations
 
 import torch
 
-from .. import ops
 from ..errors import UnsupportedError
-from ..ops import SamplingState
-from ..pattern import NMPattern
-from .base import Relaxation, RelaxationConfig, register_relaxation
+from .base import RelaxationConfig, register_relaxation
+from .logits import LOGIT_STD, LogitsRelaxation
 
-# Standard deviation of fresh logits, and the unit of the prior's strength (MaskLLM's initialisation).
-LOGIT_STD = 0.01
 MAX_CANDIDATES = 70
 
 
 @register_relaxation
-class CandidatesRelaxation(Relaxation):
+class CandidatesRelaxation(LogitsRelaxation):
     """`W * M` with `M` the expectation over C(m, n) candidates under a Gumbel-softmax of their logits.
 
     Parameters: `nmsparse_logits`, float32 `[out, C, groups]`.
@@ -25,23 +21,20 @@ class CandidatesRelaxation(Relaxation):
 
     name = "candidates"
 
-    def __init__(self, pattern: NMPattern, key: ops.NoiseKey) -> None:
+    def logits_shape(self, out_features: int, in_features: int) -> tuple[int, int, int]:
+        """`[out, C, groups]`.
+
+        Raises:
+            UnsupportedError: if C is more than 70.
+        """
+        pattern = self.pattern
         if pattern.num_candidates > MAX_CANDIDATES:
             raise UnsupportedError(
                 f"relaxation 'candidates' holds one logit a candidate, and pattern {pattern} has "
-                f"{pattern.num_candidates} (limit {MAX_CANDIDATES}); choose a pattern with fewer, such as 2:4 or 4:8"
+                f'{pattern.num_candidates} (limit {MAX_CANDIDATES}); use relaxation="elementwise", which holds one logit '
+                "a weight for every pattern"
             )
-        super().__init__(pattern, key)
-
-    def parameters(self, weight: torch.Tensor, config: RelaxationConfig) -> dict[str, torch.Tensor]:
-        out_features, in_features = weight.shape
-        shape = (out_features, self.pattern.num_candidates, self.pattern.num_groups(in_features))
-        logits = torch.zeros(shape, device=weight.device, dtype=torch.float32)
-        if not config.init_weights and not logits.is_meta:
-            # Its own generator: the default one belongs to the user's program.
-            generator = torch.Generator().manual_seed(self.key.seed * 2**32 + self.key.layer)
-            logits.copy_(torch.randn(shape, generator=generator) * LOGIT_STD)
-        return {"nmsparse_logits": logits}
+        return out_features, pattern.num_candidates, pattern.num_groups(in_features)
 
     def set_prior(self, parameters: dict[str, torch.Tensor], codes: torch.Tensor, config: RelaxationConfig) -> None:
         """`pi_c = strength * 0.01 * (<prior, S_c> - n^2/m)` (MaskLLM, section 3.3, without its noise).
@@ -55,11 +48,3 @@ class CandidatesRelaxation(Relaxation):
         with torch.no_grad():
             for candidate in range(self.pattern.num_candidates):
                 logits[:, candidate] = table[:, candidate][codes]
-
-    def effective_weight(
-        self, weight: torch.Tensor, parameters: dict[str, torch.Tensor], state: SamplingState, hard: bool
-    ) -> torch.Tensor:
-        return ops.masked_weight(weight, parameters["nmsparse_logits"], self.pattern, self.key, state, hard)
-
-    def codes(self, parameters: dict[str, torch.Tensor], in_features: int) -> torch.Tensor:
-        return ops.hard_codes(parameters["nmsparse_logits"], self.pattern, in_features)

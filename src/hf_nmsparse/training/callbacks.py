@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .. import ops
 from ..adapter import NMSparseLayer, mask_layers, set_mask_step
 from ..errors import ConfigError
 from ..relaxations import sampling_state
@@ -85,8 +83,8 @@ class MaskMetricsCallback(TrainerCallback):
     in the Trainer's list; `NMSparseTrainer` puts this one first.
 
     Keys: `nm/flip_rate` (share of groups whose hard choice differs from the start of training), `nm/flip_rate_last`
-    (from the last log), `nm/max_prob` (mean largest candidate probability, without noise), `nm/entropy` (mean, in bits),
-    `nm/temperature`, `nm/logit_scale` and, with `eval_tokens`, `nm/hard_eval_loss`.
+    (from the last log), `nm/max_prob` (probability of a group's most probable mask without noise, the mean over groups),
+    `nm/entropy` (mean, in bits), `nm/temperature`, `nm/logit_scale` and, with `eval_tokens`, `nm/hard_eval_loss`.
 
     Args:
         eval_tokens (`torch.Tensor`, *optional*): int64 `[windows, sequence]`; at each log the loss of the hard-mask model
@@ -188,12 +186,6 @@ def _certainty(layer: NMSparseLayer, adapter_name: str) -> tuple[float, float, i
     """(sum of largest probabilities, sum of entropies in bits, groups) on evenly spaced rows, without noise."""
     logits = layer.nmsparse_logits[adapter_name].weight
     logits = logits[:: max(1, len(logits) // _PROBABILITY_ROWS)]
-    relaxation = layer.relaxations[adapter_name]
     state = sampling_state(layer.configs[adapter_name], layer.moments.get(adapter_name), logits.device)
-    largest = bits = 0.0
-    for y in ops.candidate_probabilities(
-        logits, relaxation.pattern, layer.in_features, relaxation.key, state, noise=False
-    ):
-        largest += float(y.amax(1).sum())
-        bits += float(torch.special.entr(y).sum()) / math.log(2)
-    return largest, bits, logits.shape[0] * logits.shape[2]
+    parameters = {"nmsparse_logits": logits}
+    return layer.relaxations[adapter_name].certainty(parameters, layer.in_features, state)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import nn
 from .. import ops
 from ..adapter import NMSparseLayer, mask_layers
 from ..criteria import Criterion, PruneReport, Target, get_criterion, known_criteria, walk
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedError
 from ..hub.mask_file import read_mask
 from ..hub.masks import active_mask, match_to_model
 
@@ -28,6 +28,8 @@ def set_prior(
     tokenizer: Any = None,
     adapter_name: str | None = None,
     progress: bool = True,
+    revision: str | None = None,
+    task: str | None = None,
 ) -> PruneReport | None:
     """Initialise the logits of a mask adapter from a mask. Logits learned so far are overwritten.
 
@@ -40,6 +42,7 @@ def set_prior(
         calibration, tokenizer: for a criterion, as in `nms.prune`.
         adapter_name (`str`, *optional*): which adapter; the active one by default.
         progress (`bool`): show a progress bar where there is a terminal.
+        revision, task (`str`, *optional*): of a published mask, as in `nms.load_mask`.
 
     Returns:
         the criterion's `PruneReport`, or `None` for a given mask.
@@ -66,7 +69,7 @@ def set_prior(
         masks, report = _criterion_masks(model, layers, criterion, config.pattern, calibration, tokenizer, progress)
         label = criterion.name
     else:
-        masks, label = _published_masks(prior, layers, config.pattern), str(prior)
+        masks, label = _published_masks(prior, revision, task, layers, config.pattern), str(prior)
     codes = {
         name: ops.mask_to_codes(mask, layers[name].relaxations[adapter_name].pattern) for name, mask in masks.items()
     }
@@ -97,20 +100,24 @@ def _given_masks(given: Mapping[str, torch.Tensor], layers: dict[str, NMSparseLa
         expected = (layer.out_features, layer.in_features)
         if tuple(given[name].shape) != expected:
             raise ConfigError(f"{name}: the mask has shape {list(given[name].shape)}, expected {list(expected)}")
-    return {name: given[name].to(layer.get_base_layer().weight.device) for name, layer in layers.items()}
+    return {name: given[name].to(layer.base_weight.stored.device) for name, layer in layers.items()}
 
 
 def _published_masks(
-    source: str | os.PathLike, layers: dict[str, NMSparseLayer], pattern: str
+    source: str | os.PathLike,
+    revision: str | None,
+    task: str | None,
+    layers: dict[str, NMSparseLayer],
+    pattern: str,
 ) -> dict[str, torch.Tensor]:
-    mask = read_mask(source)
+    mask = read_mask(source, revision, task)
     if mask.config.pattern != pattern:
         raise ConfigError(f"{source} is a {mask.config.pattern} mask, the adapter's pattern is {pattern}")
     if missing := sorted(set(layers) - set(mask.layers)):
         raise ConfigError(f"{source} has no mask for {len(missing)} layers of the adapter, first {missing[:5]}")
     # The mask may prune more layers than the adapter.
     used = replace(mask, layers={name: mask.layers[name] for name in layers})
-    codes = match_to_model(used, {name: layer.get_base_layer() for name, layer in layers.items()})
+    codes = match_to_model(used, {name: layer.base_weight for name, layer in layers.items()})
     return {name: ops.codes_to_mask(codes[name], mask.pattern, layer.in_features) for name, layer in layers.items()}
 
 
@@ -123,14 +130,43 @@ def _criterion_masks(
     tokenizer: Any,
     progress: bool,
 ) -> tuple[dict[str, torch.Tensor], PruneReport]:
-    masks: dict[str, torch.Tensor] = {}
-    targets = []
-    for name, layer in layers.items():
-        base = layer.get_base_layer()
-        targets.append(Target(name, base, base.weight.detach(), lambda mask, name=name: masks.update({name: mask})))
+    parts: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
+    targets = [target for name, layer in layers.items() for target in targets_of(name, layer, parts[name].append)]
+    report = walk_dense(model, layers, targets, criterion, pattern, calibration, tokenizer, progress)
+    return {name: torch.cat(masks) for name, masks in parts.items()}, report
+
+
+def targets_of(name: str, layer: NMSparseLayer, install: Callable[[torch.Tensor], None]) -> list[Target]:
+    """What the engine prunes for one mask layer: its weight, or those of each of its experts, in their order.
+
+    Raises:
+        UnsupportedError: for a parameter of unknown layout.
+    """
+    base = layer.base_weight
+    if base.parameter_name == "weight":
+        weight = base.read if base.backend is not None else base.read().detach()
+        return [Target(name, base.module, weight, install)]
+    if not base.is_fused_experts:
+        raise UnsupportedError(
+            f"{name} is no weight of a linear layer nor of fused experts; give its mask yourself: nms.set_prior(model, masks)"
+        )
+    views = [expert.T if base.transposed else expert for expert in base.stored.detach()]
+    return [Target(f"{name}.{number}", base.module, view, install, number) for number, view in enumerate(views)]
+
+
+def walk_dense(
+    model: nn.Module,
+    layers: Mapping[str, NMSparseLayer],
+    targets: list[Target],
+    criterion: Criterion,
+    pattern: str,
+    calibration: Any,
+    tokenizer: Any,
+    progress: bool,
+) -> PruneReport:
+    """`criteria.walk` over the base model: for its time the adapter's layers compute with their dense weights."""
     plain = model.get_base_model() if isinstance(model, PeftModel) else model
     with contextlib.ExitStack() as stack:
         for layer in layers.values():
             stack.enter_context(layer.masks_off())
-        report = walk(plain, targets, criterion, pattern, calibration, tokenizer, progress)
-    return masks, report
+        return walk(plain, targets, criterion, pattern, calibration, tokenizer, progress)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`NMSparseTrainer`: the stock Trainer with mask callbacks and an optimizer group for the logits."""
+"""`NMSparseTrainer`: the stock Trainer with mask callbacks, an optimizer group for the logits, and distillation."""
 
 from __future__ import annotations
 
@@ -10,8 +10,17 @@ import torch
 from torch import nn
 from transformers import Trainer
 
+from ..errors import ConfigError
 from ..relaxations.candidates import LOGIT_STD
 from .callbacks import MaskMetricsCallback, MaskScheduleCallback, trained_layers
+from .distillation import (
+    Distillation,
+    counted_positions,
+    distillation_loss,
+    logits_of,
+    predicts_next_token,
+    teacher_logits,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -20,19 +29,40 @@ class NMSparseTrainer(Trainer):
     """`transformers.Trainer` for masks. `MaskScheduleCallback` and `MaskMetricsCallback` are added if not given.
 
     Mask logits get an optimizer group of their own: weight decay would pull them towards indecision, so it is 0 there.
+    What else trains (terms beside the mask, `modules_to_save`) has `args.learning_rate` and `args.weight_decay`.
+
+    With `distillation`, the dense base teaches: each training step runs it once more, and `nm/distillation_loss` (T^2 KL,
+    before its weight) joins the log lines. The evaluation loss stays the plain task loss.
 
     Args:
         mask_learning_rate (`float`, *optional*): learning rate of the logits; `args.learning_rate` by default.
         mask_weight_decay (`float`): weight decay of the logits.
+        distillation (`Distillation`, *optional*): follow the dense base too; `None` trains on the task loss alone.
         kwargs: as for `transformers.Trainer`.
+
+    Raises:
+        ConfigError: if `distillation` is wanted under `nn.DataParallel`.
     """
 
     def __init__(
-        self, *args: Any, mask_learning_rate: float | None = None, mask_weight_decay: float = 0.0, **kwargs: Any
+        self,
+        *args: Any,
+        mask_learning_rate: float | None = None,
+        mask_weight_decay: float = 0.0,
+        distillation: Distillation | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.mask_learning_rate = mask_learning_rate
         self.mask_weight_decay = mask_weight_decay
+        self.distillation = distillation
+        if distillation is not None and self.args.n_gpu > 1:
+            raise ConfigError(
+                f"distillation does not work with nn.DataParallel, which one process with {self.args.n_gpu} GPUs means to "
+                "the Trainer; start one process per GPU (torchrun), or show it one GPU (CUDA_VISIBLE_DEVICES)"
+            )
+        self._distilled: torch.Tensor | None = None  # sum of the term since the last log line
+        self._distilled_since = 0  # the step before it
         callbacks = self.callback_handler.callbacks
         metrics = next((c for c in callbacks if isinstance(c, MaskMetricsCallback)), MaskMetricsCallback())
         if metrics in callbacks:
@@ -43,14 +73,14 @@ class NMSparseTrainer(Trainer):
             self.add_callback(MaskScheduleCallback())
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Create the optimizer and move the logits into their own group."""
+        """Create the optimizer and move the logits, and nothing else, into a group of their own."""
         if self.optimizer is not None:
             return self.optimizer
         optimizer = super().create_optimizer(model)
         logits = {
             id(parameter)
             for name, parameter in (model or self.model).named_parameters()
-            if ".nmsparse_" in name and parameter.requires_grad
+            if ".nmsparse_logits." in name and parameter.requires_grad
         }
         moved = [p for group in optimizer.param_groups for p in group["params"] if id(p) in logits]
         for group in optimizer.param_groups:
@@ -83,3 +113,81 @@ class NMSparseTrainer(Trainer):
             3 * gap / max(1, num_training_steps),
         )
         return True
+
+    # --- distillation -----------------------------------------------------------------------------------------------
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """The Trainer's loss; in training with `distillation`, weighted and with the distillation term."""
+        if self.distillation is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        given = dict(inputs)  # label smoothing takes the labels out
+        # The student first: its loss has freed its temporaries when the teacher's logits come.
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        term = self._distillation_term(model, given, logits_of(outputs), num_items_in_batch).to(loss.device)
+        loss = self.distillation.loss_weight * loss + self.distillation.distillation_weight * term
+        return (loss, outputs) if return_outputs else loss
+
+    def _distillation_term(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        student: torch.Tensor,
+        num_items_in_batch: torch.Tensor | int | None,
+    ) -> torch.Tensor:
+        """T^2 KL, scaled as the Trainer's own loss is: over the items of the whole step where the Trainer counts them.
+
+        Where it does not (models that take no loss arguments), the mean of the batch, which the Trainer then divides by
+        the accumulation steps together with the task loss.
+        """
+        label_key = self._label_key(inputs)
+        if "shift_labels" in inputs:  # of collators that shift; the Trainer counts by them too
+            keep = counted_positions(inputs["shift_labels"], student, next_token=False)
+        else:
+            keep = counted_positions(inputs[label_key], student, predicts_next_token(self.model))
+        steps = self.current_gradient_accumulation_steps
+        divided_later = not self._loss_is_scaled(num_items_in_batch)
+        if divided_later or num_items_in_batch is None:
+            denominator = keep.sum().clamp(min=1) * (1 if divided_later else steps)
+        else:
+            denominator = num_items_in_batch
+        teacher = teacher_logits(model, inputs, label_key)
+        term = distillation_loss(student, teacher, keep, self.distillation.temperature, denominator)
+        if denominator is num_items_in_batch and self.args.average_tokens_across_devices:
+            # The items are those of all processes, and their gradients are averaged.
+            term = term * (self.accelerator.num_processes // self.get_tp_size())
+        self._note(term.detach() / (steps if divided_later else 1))
+        return term
+
+    def _label_key(self, inputs: dict[str, Any]) -> str:
+        for key in ("labels", *self.label_names):
+            if inputs.get(key) is not None:
+                return key
+        raise ConfigError(
+            f"distillation needs labels to know which positions count, but the batch has only {sorted(inputs)}; "
+            "name the labels' key in TrainingArguments(label_names=[...])"
+        )
+
+    def _loss_is_scaled(self, num_items_in_batch: torch.Tensor | int | None) -> bool:
+        """Whether `training_step` takes the loss as it is: its own rule, since it divides the sum of both terms."""
+        if self.loss_is_scaled_for_ga is not None:
+            return self.loss_is_scaled_for_ga
+        counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        return counted or self.compute_loss_func is not None
+
+    def _note(self, term: torch.Tensor) -> None:
+        if self._distilled is None:
+            self._distilled, self._distilled_since = torch.zeros_like(term), self.state.global_step
+        self._distilled += term
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the mean distillation term since the last log line beside the mean loss."""
+        if "loss" in logs and self._distilled is not None:
+            mean = self.accelerator.gather(self._distilled).mean().item()  # of all processes, without a sync each step
+            logs["nm/distillation_loss"] = mean / (self.state.global_step - self._distilled_since)
+            self._distilled = None
+        super().log(logs, start_time)

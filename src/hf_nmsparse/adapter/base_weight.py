@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The weight under a mask, seen as `[out, in]` whatever its module is: linear, GPT-2's Conv1D, quantised, fused experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import resolve_quantization_backend
+from peft.utils.quantization_utils import QuantizationBackend
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import UnsupportedError
+from ..fingerprint import fingerprint
+
+
+@dataclass(frozen=True)
+class BaseWeight:
+    """One weight that a mask can be put on. Groups of the mask run along its last dimension, the inputs.
+
+    Args:
+        module (`nn.Module`): holds the weight.
+        parameter_name (`str`): "weight", or the name of a fused expert parameter.
+        backend (`QuantizationBackend`, *optional*): PEFT's view of a quantised layer.
+    """
+
+    module: nn.Module
+    parameter_name: str = "weight"
+    backend: QuantizationBackend | None = None
+
+    @property
+    def stored(self) -> nn.Parameter:
+        """The parameter as the module holds it."""
+        return getattr(self.module, self.parameter_name)
+
+    @property
+    def transposed(self) -> bool:
+        """Whether inputs are not the last dimension of the parameter."""
+        if isinstance(self.module, Conv1D):
+            return True
+        return self.num_experts is not None and bool(getattr(self.module, "is_transposed", False))
+
+    @property
+    def num_experts(self) -> int | None:
+        """Number of experts in a fused parameter, `[experts, out, in]`."""
+        return self.stored.shape[0] if self.stored.dim() == 3 else None
+
+    @property
+    def is_fused_experts(self) -> bool:
+        """Whether transformers says that this holds experts (any other 3-D parameter may be a table or a kernel)."""
+        return self.num_experts is not None and isinstance(getattr(self.module, "is_transposed", None), bool)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in); the rows of all experts one after the other."""
+        if self.backend is not None:  # a quantised weight may be stored as a flat run of bytes
+            return self.module.out_features, self.module.in_features
+        *experts, rows, columns = self.stored.shape
+        if self.transposed:
+            rows, columns = columns, rows
+        return (experts[0] if experts else 1) * rows, columns
+
+    def read(self) -> torch.Tensor:
+        """The weight, `[out, in]`: a view where the module stores it that way, else a copy."""
+        if self.backend is not None:
+            return self.backend.get_base_weight(self.module).detach()
+        weight = self.stored.mT if self.transposed else self.stored
+        return weight.flatten(0, 1) if weight.dim() == 3 else weight
+
+    def restore(self, weight: torch.Tensor) -> torch.Tensor:
+        """`[out, in]` in the shape in which the module stores it."""
+        if self.num_experts is not None:
+            weight = weight.unflatten(0, (self.num_experts, -1))
+        return weight.mT if self.transposed else weight
+
+    def fingerprint(self) -> torch.Tensor | None:
+        """Fingerprint of the weight; `None` where its values are not those of a checkpoint (quantised, meta)."""
+        return None if self.backend is not None else fingerprint(self.read())
+
+
+def linear_base_weight(module: nn.Module, name: str, **quantization: object) -> BaseWeight:
+    """The weight of a linear layer.
+
+    Args:
+        module (`nn.Module`): the layer.
+        name (`str`): its name, for the error.
+        quantization: what PEFT's `resolve_quantization_backend` needs.
+
+    Raises:
+        UnsupportedError: if no mask can be put on this kind of module.
+    """
+    backend = resolve_quantization_backend(module, **quantization)
+    if backend is not None and not backend.supports_merge:
+        raise UnsupportedError(
+            f"{name} is quantised with {backend.backend_name}, whose weights cannot be read back; load the model "
+            "unquantised or with bitsandbytes"
+        )
+    if backend is None and type(module) not in (nn.Linear, Conv1D):
+        raise UnsupportedError(
+            f"{name} is a {type(module).__module__}.{type(module).__name__}; masks go on linear layers (torch.nn.Linear, "
+            "Conv1D of transformers, bitsandbytes layers). Leave it out with exclude_modules, or decompress the model "
+            "first if it is packed"
+        )
+    return BaseWeight(module, backend=backend)
+
+
+def expert_base_weight(module: nn.Module, parameter_name: str, name: str) -> BaseWeight:
+    """The weight of fused experts, or of any other parameter `[out, in]` or `[experts, out, in]`.
+
+    Raises:
+        UnsupportedError: if the parameter has other dimensions or is no float.
+    """
+    parameter = getattr(module, parameter_name)
+    if parameter.dim() not in (2, 3) or not parameter.is_floating_point():
+        raise UnsupportedError(
+            f"{name}: target_parameters takes float weights [experts, out, in] or [out, in], got {parameter.dtype} "
+            f"{list(parameter.shape)}"
+        )
+    return BaseWeight(module, parameter_name)
+
+
+def base_weights(model: nn.Module) -> dict[str, BaseWeight]:
+    """Every weight of a model that a mask can be put on, by layer name: "…q_proj", "…experts.gate_up_proj".
+
+    Layers that carry adapters already are found by the same names.
+    """
+    found: dict[str, BaseWeight] = {}
+    adapters: set[str] = set()  # where modules of adapters lie
+    for path, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            adapters.update(f"{path}.{child}" for child, _ in module.named_children() if child != "base_layer")
+            continue
+        parts = path.split(".")
+        if any(".".join(parts[:length]) in adapters for length in range(1, len(parts) + 1)):
+            continue
+        name = path.replace(".base_layer", "")
+        backend = resolve_quantization_backend(module) if isinstance(module, nn.Linear) else None
+        if type(module) in (nn.Linear, Conv1D) or (backend is not None and backend.supports_merge):
+            found[name] = BaseWeight(module, backend=backend)
+            continue
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() in (2, 3) and parameter.is_floating_point():
+                found[f"{name}.{parameter_name}"] = BaseWeight(module, parameter_name)
+    return found

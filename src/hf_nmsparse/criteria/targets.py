@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which weights of a model can get a mask: linear layers, Conv1D and fused experts inside its stacks of blocks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import ConfigError, UnsupportedError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Target:
+    """One weight to get a mask: of a layer, or of one expert of a module that holds many.
+
+    Args:
+        name (`str`): full name, for reports and errors: of the module, for an expert of the parameter and its number
+            (`"model.layers.0.mlp.experts.down_proj.3"`).
+        module (`nn.Module`): computes `x W^T` (plus what does not depend on the mask) with the dense weight. Its first
+            forward argument is `x`, `[..., in]`; for an expert it is the module that holds all of them.
+        weight (`torch.Tensor` or callable): `[out, in]`. A tensor must share its storage with the weight that the module
+            computes with; it may be a view, transposed for instance. For a weight that exists only as a computed value
+            (quantised), a function that returns it; not for experts.
+        apply (`Callable[[torch.Tensor], None]`): called once at the end, with the bool mask `[out, in]`; installs it.
+        expert (`int`, *optional*): number of the expert. The inputs are then observed where `weight` is multiplied.
+    """
+
+    name: str
+    module: nn.Module
+    weight: torch.Tensor | Callable[[], torch.Tensor]
+    apply: Callable[[torch.Tensor], None]
+    expert: int | None = None
+
+    def dense(self) -> torch.Tensor:
+        """The dense weight, `[out, in]`."""
+        return self.weight.detach() if isinstance(self.weight, torch.Tensor) else self.weight().detach()
+
+    @contextmanager
+    def masked(self, weight: torch.Tensor, mask: torch.Tensor) -> Iterator[None]:
+        """For the time of the context the module computes with `weight * mask`."""
+        if isinstance(self.weight, torch.Tensor):
+            saved = weight.clone()
+            try:
+                weight.masked_fill_(~mask, 0)
+                yield
+            finally:
+                weight.copy_(saved)
+            return
+        removed = torch.where(mask, 0, weight)
+
+        def subtract(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+            return output - F.linear(args[0], removed.to(args[0].dtype))
+
+        handle = self.module.register_forward_hook(subtract)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def find_weights(model: nn.Module, dense_layers: Iterable[str] = ()) -> dict[str, Target]:
+    """The weights to prune: of every `nn.Linear`, `Conv1D` and expert inside the blocks, in the order of the model.
+
+    What lies outside the blocks (embeddings, `lm_head`, poolers, classifiers), routers, and layers that share their
+    weight with another are left out.
+
+    Args:
+        model (`nn.Module`): a Transformers model.
+        dense_layers (`Iterable[str]`): names to leave dense: a full name or any run of its parts (`"down_proj"`,
+            `"mlp.up_proj"`, `"layers.0"`, `"experts.gate_up_proj"`, `"decoder"`).
+
+    Returns:
+        `dict[str, Target]`: by name; applying the mask sets the pruned weights to +0 in place.
+
+    Raises:
+        ConfigError: if an entry of `dense_layers` matches nothing in the model, or no weight is left.
+        UnsupportedError: naming layers that are packed, quantised, or wrapped by PEFT; or without blocks.
+    """
+    dense_layers = [dense_layers] if isinstance(dense_layers, str) else list(dense_layers)
+    stacks = find_stacks(model)
+    inside = [entry for prefix, blocks in stacks for entry in blocks.named_modules(prefix=prefix)]
+    tied = _tied_parameters(model)
+    weights = {weight.name: weight for name, module in inside for weight in _weights_of(name, module, tied)}
+    names = [*(name for name, _ in model.named_modules()), *weights]
+    for entry in dense_layers:
+        if not any(name_matches(name, entry) for name in names):
+            raise ConfigError(f"dense_layers: {entry!r} matches no module of {type(model).__name__}")
+
+    def is_dense(name: str) -> bool:
+        return any(name_matches(name, entry) for entry in dense_layers)
+
+    others = [(name, module) for name, module in inside if not is_dense(name) and not _own_parameters(module)]
+    _refuse_foreign(others)
+    if unknown := [name for name, module in others if _holds_unknown_experts(module)]:
+        kind = type(model.get_submodule(unknown[0])).__name__
+        logger.warning(
+            "%s (%s, %d such) has 3-D weights of unknown layout; left dense", unknown[0], kind, len(unknown)
+        )
+    found = {name: weight for name, weight in weights.items() if not is_dense(name)}
+    if not found:
+        where = ", ".join(repr(prefix) for prefix, _ in stacks)
+        raise ConfigError(f"{type(model).__name__}: no weight left to prune inside {where}; check dense_layers")
+    return found
+
+
+def find_stacks(model: nn.Module, holding: Collection[nn.Module] | None = None) -> list[tuple[str, nn.ModuleList]]:
+    """Names and lists of blocks, in the order of the model: outermost `nn.ModuleList`s that hold weights.
+
+    Args:
+        model (`nn.Module`): the model.
+        holding (`Collection[nn.Module]`, *optional*): modules; all lists that hold any of them are returned. By default
+            the list that holds most weights, for an encoder-decoder model the two that do.
+
+    Raises:
+        UnsupportedError: if there is none.
+    """
+    found: list[tuple[int, str, nn.ModuleList]] = []
+    inner: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and module not in inner:
+            inner.update(module.modules())
+            held = module.modules()
+            size = sum(map(_size, held)) if holding is None else sum(child in holding for child in held)
+            if size:
+                found.append((size, name, module))
+    if not found:
+        raise UnsupportedError(
+            f"{type(model).__name__}: looked for its blocks, an nn.ModuleList that holds the linear layers, and found none"
+        )
+    if holding is None:
+        largest = sorted(found, key=lambda entry: -entry[0])[: 2 if is_encoder_decoder(model) else 1]
+        found = [entry for entry in found if entry in largest]
+    return [(name, blocks) for _, name, blocks in found]
+
+
+def expert_views(module: nn.Module, parameter_name: str) -> list[torch.Tensor]:
+    """The weights of fused experts as matrices.
+
+    Args:
+        module (`nn.Module`): an experts module of Transformers, which says by `is_transposed` whether its parameters are
+            `[experts, out, in]` or `[experts, in, out]`.
+        parameter_name (`str`): for example `"gate_up_proj"`.
+
+    Returns:
+        one `[out, in]` view for each expert; they share the storage of the parameter.
+    """
+    parameter = getattr(module, parameter_name)
+    return [parameter[expert].T if module.is_transposed else parameter[expert] for expert in range(len(parameter))]
+
+
+def name_matches(name: str, entry: str) -> bool:
+    """Whether `entry` is the module name `name` or any run of its parts: "down_proj", "mlp.up_proj", "layers.0"."""
+    return f".{entry}." in f".{name}."
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether the config of the model says so."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def _own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters of the module itself that can get masks: `weight` of a layer, 3-D ones of fused experts."""
+    if type(module) in (nn.Linear, Conv1D):
+        return {"weight": module.weight}
+    if isinstance(getattr(module, "is_transposed", None), bool):  # set by transformers' `use_experts_implementation`
+        parameters = module.named_parameters(recurse=False)
+        return {name: p for name, p in parameters if p.dim() == 3 and p.is_floating_point() and p.itemsize > 1}
+    return {}
+
+
+def _weights_of(name: str, module: nn.Module, tied: set[int]) -> list[Target]:
+    own = {key: parameter for key, parameter in _own_parameters(module).items() if id(parameter) not in tied}
+    if type(module) in (nn.Linear, Conv1D):
+        return [_in_place(name, module, p.T if type(module) is Conv1D else p) for p in own.values()]
+    return [
+        _in_place(f"{name}.{key}.{expert}", module, view, expert)
+        for key in own
+        for expert, view in enumerate(expert_views(module, key))
+    ]
+
+
+def _in_place(name: str, module: nn.Module, weight: torch.Tensor, expert: int | None = None) -> Target:
+    weight = weight.detach()
+    return Target(name, module, weight, lambda mask: weight.masked_fill_(~mask, 0), expert)
+
+
+def _refuse_foreign(modules: list[tuple[str, nn.Module]]) -> None:
+    # Layers of every kind, quantised and wrapped ones too, carry in_features and out_features by convention.
+    foreign = [
+        (name, type(module).__name__)
+        for name, module in modules
+        if (hasattr(module, "in_features") and hasattr(module, "out_features")) or hasattr(module, "is_transposed")
+    ]
+    if foreign:
+        name, kind = foreign[0]
+        raise UnsupportedError(
+            f"{name} is a {kind}, not a plain nn.Linear ({len(foreign)} such layers); merge the adapter, decompress "
+            "or dequantise the model first, or name them in dense_layers"
+        )
+
+
+def _holds_unknown_experts(module: nn.Module) -> bool:
+    # [1, ...] are tables of positions or tokens.
+    return not isinstance(module, nn.Conv1d) and any(
+        p.dim() == 3 and len(p) > 1 and p.is_floating_point() for p in module.parameters(recurse=False)
+    )
+
+
+def _size(module: nn.Module) -> int:
+    features = getattr(module, "in_features", 0) * getattr(module, "out_features", 0)
+    return features or sum(parameter.numel() for parameter in _own_parameters(module).values())
+
+
+def _tied_parameters(model: nn.Module) -> set[int]:
+    seen: set[int] = set()
+    tied: set[int] = set()
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        (tied if id(parameter) in seen else seen).add(id(parameter))
+    return tied

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the relaxations with logits share: one trainable tensor, `nmsparse_logits`, over a frozen weight."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+
+from .. import ops
+from ..ops import SamplingState
+from .base import Relaxation, RelaxationConfig
+
+# Standard deviation of fresh logits, and the unit of the prior's strength (MaskLLM's initialisation).
+LOGIT_STD = 0.01
+
+
+class LogitsRelaxation(Relaxation):
+    """`W * M` with `M` the mean of a distribution over masks that is given by perturbed logits."""
+
+    @abstractmethod
+    def logits_shape(self, out_features: int, in_features: int) -> tuple[int, ...]:
+        """Shape of the logits of a weight `[out, in]`."""
+
+    def parameters(self, weight: torch.Tensor, config: RelaxationConfig) -> dict[str, torch.Tensor]:
+        shape = self.logits_shape(*weight.shape)
+        logits = torch.zeros(shape, device=weight.device, dtype=torch.float32)
+        if not config.init_weights and not logits.is_meta:
+            # Its own generator: the default one belongs to the user's program.
+            generator = torch.Generator().manual_seed(self.key.seed * 2**32 + self.key.layer)
+            logits.copy_(torch.randn(shape, generator=generator) * LOGIT_STD)
+        return {"nmsparse_logits": logits}
+
+    def effective_weight(
+        self, weight: torch.Tensor, parameters: dict[str, torch.Tensor], state: SamplingState, hard: bool
+    ) -> torch.Tensor:
+        return ops.masked_weight(weight, parameters["nmsparse_logits"], self.pattern, self.key, state, hard)
+
+    def codes(self, parameters: dict[str, torch.Tensor], in_features: int) -> torch.Tensor:
+        return ops.hard_codes(parameters["nmsparse_logits"], self.pattern, in_features)
+
+    def certainty(
+        self, parameters: dict[str, torch.Tensor], in_features: int, state: SamplingState
+    ) -> tuple[float, float, int]:
+        return ops.mask_certainty(parameters["nmsparse_logits"], self.pattern, in_features, self.key, state)
