@@ -152,3 +152,44 @@ def test_priors_of_every_criterion(family, criterion):
     weights = base_weights(pruned)
     for name, layer in mask_layers(model).items():
         assert torch.equal(layer.hard_weight(["default"]), weights[name].read()), name
+
+
+def through_load_mask(family, base, mask):
+    return nms.compress(nms.load_mask(type(FAMILIES[family]()).from_pretrained(base), mask))
+
+
+def through_peft(family, base, mask):
+    return nms.compress(PeftModel.from_pretrained(type(FAMILIES[family]()).from_pretrained(base), mask))
+
+
+def through_load_adapter(family, base, mask):
+    model = type(FAMILIES[family]()).from_pretrained(base)
+    model.load_adapter(mask)
+    return nms.compress(model)
+
+
+def through_packed_config(family, base, mask):
+    config = nms.PackedConfig(mask=str(mask))
+    return type(FAMILIES[family]()).from_pretrained(base, quantization_config=config)
+
+
+@pytest.mark.parametrize("terms", [{}, {"slorb_block": 8, "low_rank": 2, "delta_rank": 2}, {"delta_rank": 2}])
+def test_every_door_leads_to_the_same_packed_weights_and_logits(family, tmp_path, terms):
+    if "slorb_block" in terms and EXPECTED[family][1]:
+        terms = {**terms, "target_parameters": []}  # experts take no side branch
+    base, mask = tmp_path / "base", tmp_path / "mask"
+    FAMILIES[family]().save_pretrained(base)
+    model = trained(family, **terms)
+    nms.save_mask(model, mask)
+    first = through_load_mask(family, base, mask)
+    expected, state = logits_of(first, family), first.state_dict()
+    assert torch.allclose(logits_of(nms.load_mask(FAMILIES[family](), mask), family), expected, atol=1e-5)
+    for door in (through_peft, through_load_adapter, through_packed_config):
+        model = door(family, base, mask).eval()
+        other = model.state_dict()
+        assert other.keys() == state.keys(), door.__name__
+        assert all(torch.equal(other[name], value) for name, value in state.items()), door.__name__
+        assert torch.equal(logits_of(model, family), expected), door.__name__
+    model.save_pretrained(tmp_path / "packed")
+    again = type(model).from_pretrained(tmp_path / "packed").eval()
+    assert torch.equal(logits_of(again, family), expected)

@@ -7,7 +7,7 @@ from .config import NMSparseConfig
 from .layer import NMSparseLayer
 from .linear import NMSparseLinear, ParamWrapper
 from .model import NMSparseModel, mask_layers, refuse_to_merge_over_a_mask, set_mask_step
-from .terms import TERM_CONTAINERS, term_shapes
+from .terms import TERM_CONTAINERS, side_branch, term_shapes
 
 
 def register() -> None:
@@ -28,5 +28,6 @@ __all__ = [
     "mask_layers",
     "register",
     "set_mask_step",
+    "side_branch",
     "term_shapes",
 ]

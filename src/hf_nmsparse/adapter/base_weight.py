@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -74,6 +75,16 @@ class BaseWeight:
         if self.num_experts is not None:
             weight = weight.unflatten(0, (self.num_experts, -1))
         return weight.mT if self.transposed else weight
+
+    def quantised_state(self) -> tuple[nn.Parameter, object]:
+        """What a quantised layer holds: its weight and, for 8-bit bitsandbytes, the scales beside it."""
+        return self.module.weight, copy.copy(getattr(self.module, "state", None))
+
+    def set_quantised_state(self, state: tuple[nn.Parameter, object]) -> None:
+        """Put back what `quantised_state` returned."""
+        self.module.weight = state[0]
+        if state[1] is not None:
+            self.module.state = copy.copy(state[1])
 
     def fingerprint(self) -> torch.Tensor | None:
         """Fingerprint of the weight; `None` where its values are not those of a checkpoint (quantised, meta)."""

@@ -73,7 +73,7 @@ class NMSparseLayer(BaseTunerLayer):
         self.verified: dict[str, list[tuple[torch.Tensor, int]]] = {}
         self._disable_adapters = False
         self.merged_adapters = []
-        self._before_merge: nn.Parameter | torch.Tensor | None = None
+        self._before_merge: torch.Tensor | tuple | None = None
         self.out_features, self.in_features = self.base_weight.shape
 
     @property
@@ -358,12 +358,12 @@ class NMSparseLayer(BaseTunerLayer):
             return self.base_weight.read()
         if self.quantization_backend is None:
             return self._before_merge
-        merged = self.get_base_layer().weight
-        self.get_base_layer().weight = self._before_merge
+        merged = self.base_weight.quantised_state()
+        self.base_weight.set_quantised_state(self._before_merge)
         try:
             return self.base_weight.read()
         finally:
-            self.get_base_layer().weight = merged
+            self.base_weight.set_quantised_state(merged)
 
     @torch.no_grad()
     def merge(
@@ -398,7 +398,7 @@ class NMSparseLayer(BaseTunerLayer):
         base = self.base_weight
         if self.quantization_backend is not None:
             if self._before_merge is None:
-                self._before_merge = base.stored  # quantising again would not give the same bytes
+                self._before_merge = base.quantised_state()  # quantising again would not give the same bytes
             self.set_base_weight(weight)
             return
         if self._before_merge is None:
@@ -414,7 +414,7 @@ class NMSparseLayer(BaseTunerLayer):
         # PEFT unmerges all adapters of a layer at once, so the weight before the first merge is the right one.
         base = self.base_weight
         if self.quantization_backend is not None:
-            base.module.weight = self._before_merge
+            base.set_quantised_state(self._before_merge)
         else:
             base.stored.data = base.restore(self._before_merge).to(base.stored.device)
         self._before_merge = None

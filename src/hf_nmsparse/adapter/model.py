@@ -343,7 +343,9 @@ def _compare_base_names(
     made_for = config.base_model_name_or_path
     if not quantised or not here or not made_for:
         return
-    logger.warning(
+    level = logging.INFO if here == made_for else logging.WARNING
+    logger.log(
+        level,
         "the base weights of %d layers are quantised and cannot be compared with those that mask %r was made for: %r, "
         "revision %r; this base is %r",
         len(quantised),

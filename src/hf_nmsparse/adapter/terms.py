@@ -60,7 +60,7 @@ def fresh_terms(
     With `init_weights=False` every tensor is random, for tests.
     """
     terms: dict[str, torch.Tensor] = {}
-    generator = torch.Generator().manual_seed(key.seed * 2**32 + key.layer)  # the default one is the user's
+    generator = key.generator()
     for name, shape in term_shapes(config, *weight.shape, num_experts).items():
         value = torch.zeros(shape, device=weight.device, dtype=torch.float32)
         if not value.is_meta:

@@ -90,11 +90,12 @@ DistillWeightOption = Annotated[
     typer.Option(
         "--distill-weight",
         metavar="W",
-        help="Share of the distillation term, in (0, 1]; the text's own loss has 1 - W.",
+        help="Share of the distillation term, up to 1; the text's own loss has 1 - W. By default 2/3.",
     ),
 ]
 DistillTemperatureOption = Annotated[
-    float | None, typer.Option("--distill-temperature", metavar="T", help="How soft the compared predictions are.")
+    float | None,
+    typer.Option("--distill-temperature", metavar="T", help="How soft the compared predictions are; by default 2."),
 ]
 ResumeOption = Annotated[
     bool, typer.Option("--resume", help="Continue from the newest checkpoint in DIR/checkpoints.")

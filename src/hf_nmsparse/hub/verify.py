@@ -18,7 +18,7 @@ from .. import ops
 from ..adapter import mask_layers
 from ..errors import ConfigError, FormatError
 from ..packed import SparseLinear24
-from ..packed.checkpoint import check_packed_files
+from ..packed.checkpoint import check_packed_files, check_slorb_block
 from ..pattern import NMPattern
 from ..results import RunResults
 from .mask_file import read_mask
@@ -111,7 +111,7 @@ def verify(
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, AttributeError) as error:
         raise FormatError(f"{config} is no model config ({error}); fetch it again") from error
     if quantization.get("quant_method") == "nmsparse":
-        return _verify_packed(files)
+        return _verify_packed(files, quantization.get("slorb_block"))
     pattern = NMPattern(pattern or _recorded_pattern(folder) or "2:4")
     return _counted(VerifyReport("masked model", str(pattern)), _weights(files), pattern)
 
@@ -139,9 +139,10 @@ def _verify_mask(folder: Path) -> VerifyReport:
     return report
 
 
-def _verify_packed(files: list[str]) -> VerifyReport:
+def _verify_packed(files: list[str], slorb_block: int | None) -> VerifyReport:
     report = VerifyReport("packed model", "2:4")
-    packed = set(check_packed_files(files))
+    packed = check_packed_files(files)
+    check_slorb_block(packed, slorb_block)
     for name, values in _weights(files):
         if name in packed:
             groups = values.numel() // 2
@@ -162,7 +163,7 @@ def _verify_model(model: nn.Module, pattern: NMPattern) -> VerifyReport:
         return report
     packed = [(name, module) for name, module in model.named_modules() if isinstance(module, SparseLinear24)]
     if packed:
-        weights = ((name, module.dequantize()) for name, module in packed)
+        weights = ((name, module.sparse_weight()) for name, module in packed)
         return _counted(VerifyReport("packed model", "2:4"), weights, NMPattern(2, 4))
     linears = (
         (name, module.weight.detach()) for name, module in model.named_modules() if isinstance(module, nn.Linear)

@@ -38,6 +38,12 @@ class NoiseKey:
         name_hash = hashlib.blake2b(module_name.encode(), digest_size=4, person=b"nmsparse-noise").digest()
         return cls(seed & _WORD, int.from_bytes(name_hash, "little"))
 
+    def generator(self) -> torch.Generator:
+        """A CPU generator of this run and layer, for starting values: the default one belongs to the user's program."""
+        # torch's CPU generator looks at the low 32 bits of a seed only, so both parts have to be mixed into them.
+        mixed = hashlib.blake2b(f"{self.seed}:{self.layer}".encode(), digest_size=4, person=b"nmsparse-start")
+        return torch.Generator().manual_seed(int.from_bytes(mixed.digest(), "little"))
+
 
 def philox4x32(
     key: NoiseKey, counter: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], rounds: int = ROUNDS

@@ -42,6 +42,35 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
     return {name: module for name, module in model.named_modules() if is_linear(module)}
 
 
+def expert_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Fused weights of experts by name, `[experts, out, in]`, or `[experts, in, out]` where `is_transposed` says so."""
+    return {
+        f"{path}.{name}": parameter
+        for path, module in model.named_modules()
+        if isinstance(getattr(module, "is_transposed", None), bool)  # set by Transformers on modules of experts
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3 and parameter.is_floating_point()
+    }
+
+
+def expert_rows(model: nn.Module, name: str) -> torch.Tensor:
+    """The rows of all experts of a fused weight one after the other, `[experts * out, in]`."""
+    path, _, parameter_name = name.rpartition(".")
+    module = model.get_submodule(path)
+    parameter = getattr(module, parameter_name)
+    return (parameter.mT if module.is_transposed else parameter).flatten(0, 1)
+
+
+def set_expert_rows(model: nn.Module, name: str, rows: torch.Tensor) -> None:
+    """Write what `expert_rows` returned back, changed, in place."""
+    path, _, parameter_name = name.rpartition(".")
+    module = model.get_submodule(path)
+    parameter = getattr(module, parameter_name)
+    experts = rows.unflatten(0, (len(parameter), -1))
+    with torch.no_grad():
+        parameter.copy_(experts.mT if module.is_transposed else experts)
+
+
 def unpackable_layers(model: nn.Module) -> dict[str, str]:
     """Linear layers that cannot be packed -> why."""
     layers = linear_layers(model)
@@ -90,4 +119,4 @@ def log_dense(reasons: Mapping[str, str], what: str, folded: Collection[str] = (
     if reasons:
         folds = {name: ", and its side branch is folded in" if name in folded else "" for name in reasons}
         listed = "; ".join(f"{name}: {reason}{folds[name]}" for name, reason in reasons.items())
-        logger.warning("%d linear layers stay %s: %s", len(reasons), what, listed)
+        logger.warning("%d layers stay %s: %s", len(reasons), what, listed)

@@ -14,7 +14,7 @@ from .. import ops
 from ..errors import ConfigError, PatternError
 from ..ops import SideBranch
 from ..pattern import NMPattern
-from .branch import BRANCH_LEAVES, add_branch, branch_tensors, check_branch, num_blocks, rank_of, slorb_block_of
+from .branch import add_branch, branch_tensors, check_branch, num_blocks, rank_of, slorb_block_of
 from .layers import dense_weight, is_conv1d
 
 PATTERN = NMPattern(2, 4)
@@ -79,7 +79,7 @@ class SparseLinear24(nn.Linear):
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
         self.in_features, self.out_features = in_features, out_features
-        self.slorb_block, self.conv1d = slorb_block, conv1d
+        self.slorb_block, self.low_rank, self.conv1d = slorb_block, low_rank, conv1d
         self.weight = empty(out_features, in_features // 2)
         ids = torch.empty(out_features, in_features // 8, device=device, dtype=torch.uint8)
         self.weight_idx = nn.Parameter(ids, requires_grad=False)
@@ -189,7 +189,7 @@ class SparseLinear24(nn.Linear):
     @property
     def branch(self) -> SideBranch | None:
         """The side branch, if there is one."""
-        if all(getattr(self, leaf) is None for leaf in BRANCH_LEAVES):
+        if self.slorb_block is None and self.low_rank is None:  # not the tensors: each call asks, and they cost more
             return None
         return SideBranch(self.weight_slorb, self.slorb_block, self.weight_low_rank_a, self.weight_low_rank_b)
 
@@ -253,7 +253,7 @@ class SparseLinear24(nn.Linear):
 
     def extra_repr(self) -> str:
         extra = f"{super().extra_repr()}, sparsity={PATTERN}, memory={self.memory}"
-        facts = {"slorb_block": self.slorb_block, "low_rank": rank_of(self.branch), "conv1d": self.conv1d or None}
+        facts = {"slorb_block": self.slorb_block, "low_rank": self.low_rank, "conv1d": self.conv1d or None}
         return ", ".join([extra, *(f"{name}={value}" for name, value in facts.items() if value is not None)])
 
 

@@ -24,7 +24,18 @@ from .branch import BRANCH_LEAVES, common_slorb_block, rank_of, slorb_block_of
 from .checkpoint import StoredLayer, check_packed_files, check_slorb_block, header_of
 from .config import QUANT_METHOD, PackedConfig
 from .conversions import MaskAndPack, PruneAndPack, Unpack
-from .layers import TIED, is_linear, linear_layers, log_dense, replace_modules, unpackable_layers
+from .layers import (
+    TIED,
+    dense_weight,
+    expert_rows,
+    expert_weights,
+    is_linear,
+    linear_layers,
+    log_dense,
+    replace_modules,
+    set_expert_rows,
+    unpackable_layers,
+)
 from .modules import SparseLinear24
 from .stored_mask import MaskOnLoad, MaskReader, check_fits, read_stored_mask, set_mask_reader
 
@@ -34,7 +45,7 @@ logger = logging.getLogger(__name__)
 class PackedQuantizer(HfQuantizer):
     """Loads packed checkpoints, packs dense ones while loading (by a published mask or by magnitude), and saves.
 
-    3-D expert weights of mixture models are no linear layers and stay dense. With a quantizer Transformers ignores
+    Fused expert weights of mixture models are not packed: they stay dense, with zeros where a mask covers them. With a quantizer Transformers ignores
     `save_pretrained(state_dict=...)`: gather sharded models before saving.
     """
 
@@ -152,7 +163,10 @@ class PackedQuantizer(HfQuantizer):
     def _layers_of_mask(self, model: PreTrainedModel) -> dict[str, SparseLinear24]:
         """Empty layers for those of the mask that can be packed; the others are noted, to become dense with zeros."""
         linear, mask = linear_layers(model), self._mask.mask
-        check_fits(mask, linear)
+        weights = {name: dense_weight(layer) for name, layer in linear.items()}
+        weights |= {name: expert_rows(model, name) for name in expert_weights(model)}
+        check_fits(mask, weights)
+        self._mask.experts = [name for name in mask.layers if name not in linear]
         tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
         for name in mask.layers:
             if f"{name}.weight" in tied:
@@ -160,8 +174,9 @@ class PackedQuantizer(HfQuantizer):
         unpackable = unpackable_layers(model)
         self._mask.dense = {name: unpackable[name] for name in mask.layers if name in unpackable}
         folded = {name for name in self._mask.dense if mask.layers[name].branch is not None}
-        log_dense(self._mask.dense, "dense with zeros", folded)
-        branches = {name: layer.branch for name, layer in mask.layers.items() if name not in unpackable}
+        log_dense(self._mask.dense | dict.fromkeys(self._mask.experts, "fused experts"), "dense with zeros", folded)
+        left = {*unpackable, *self._mask.experts}
+        branches = {name: layer.branch for name, layer in mask.layers.items() if name not in left}
         self.quantization_config.slorb_block = common_slorb_block(map(slorb_block_of, branches.values()))
         return {
             name: self._empty(linear[name], slorb_block_of(branch), rank_of(branch))
@@ -220,6 +235,9 @@ class PackedQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self._mask is not None:
             mask, self._mask = self._mask, None  # the codes of a whole model are not worth keeping
+            for name in mask.experts:
+                rows, keep = mask.weight_and_mask(name, expert_rows(model, name))
+                set_expert_rows(model, name, rows.masked_fill(~keep, 0))
             mask.settle(self.quantization_config.allow_base_mismatch)
         if self.quantization_config.dequantize:
             _compat.forget_conversions(model, Unpack)  # the model is a plain dense one now

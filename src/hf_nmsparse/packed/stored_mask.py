@@ -10,15 +10,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
 
 from .. import ops
-from ..errors import BaseModelMismatchError, ConfigError, FormatError, UnsupportedError
+from ..errors import BaseModelMismatchError, ConfigError, FormatError, PatternError, UnsupportedError
 from ..fingerprint import fingerprint, rounding_hint, to_hex
 from ..ops import SideBranch
 from ..pattern import NMPattern
-from .branch import add_branch, check_branch
-from .layers import dense_weight
+from .branch import check_branch
 from .modules import PATTERN
 
 logger = logging.getLogger(__name__)
@@ -32,7 +30,7 @@ class StoredLayerMask:
         packed (`torch.Tensor`): packed codes, uint8 `[out, bytes]` (docs/FORMAT.md, section 2).
         base (`torch.Tensor`): fingerprint of the base weight, uint8 `[16]`; zero where it was unknown.
         delta_a (`torch.Tensor`, *optional*), delta_b (`torch.Tensor`, *optional*): A `[r, in]` and B `[out, r]`: the
-            weight under the mask is `W + B A`.
+            weight under the mask is `W + B A`. For fused experts both have a leading dimension, the expert.
         branch (`SideBranch`, *optional*): what the layer adds beside the mask.
     """
 
@@ -49,7 +47,8 @@ class StoredMask:
 
     Args:
         pattern (`NMPattern`): of every layer.
-        layers (`Mapping[str, StoredLayerMask]`): by module name; masks `[out, in]`, for a `Conv1D` too.
+        layers (`Mapping[str, StoredLayerMask]`): by name; masks `[out, in]`, for a `Conv1D` too. Fused experts are called
+            by their parameter ("…experts.gate_up_proj"), and their rows come one expert after the other.
         source (`str`): where it came from.
         base_model (`str`, *optional*), base_revision (`str`, *optional*): which model it says it was made for.
     """
@@ -99,20 +98,24 @@ def inside_24(pattern: NMPattern) -> bool:
     return max(kept.values()) <= PATTERN.n
 
 
-def check_fits(mask: StoredMask, linear: Mapping[str, nn.Module]) -> None:
-    """Refuse a mask that is not for these layers; their weights may still be on the meta device.
+def check_fits(mask: StoredMask, weights: Mapping[str, torch.Tensor]) -> None:
+    """Refuse a mask that is not for these weights.
+
+    Args:
+        mask (`StoredMask`): the mask.
+        weights (`Mapping[str, torch.Tensor]`): `[out, in]` by layer name, maybe still on the meta device.
 
     Raises:
         FormatError: if a layer is absent, has other rows, or its codes are impossible.
-        PatternError: if a side branch does not fit its layer.
+        PatternError: if a term does not fit its layer.
     """
-    if absent := sorted(set(mask.layers) - set(linear)):
+    if absent := sorted(set(mask.layers) - set(weights)):
         raise FormatError(
             f"{mask.source} holds masks for {len(absent)} layers that are no linear layers of the model, first "
-            f"{absent[:5]}; the model has linear layers such as {sorted(linear)[:5]}"
+            f"{absent[:5]}; the model has linear layers such as {sorted(weights)[:5]}"
         )
     for name, stored in mask.layers.items():
-        out_features, in_features = dense_weight(linear[name]).shape
+        out_features, in_features = weights[name].shape
         if stored.packed.shape[0] != out_features:
             raise FormatError(
                 f"{name}: the mask has {stored.packed.shape[0]} rows, the layer {out_features}; it is for another model"
@@ -121,11 +124,28 @@ def check_fits(mask: StoredMask, linear: Mapping[str, nn.Module]) -> None:
         if stored.branch is not None:
             check_branch(name, stored.branch, out_features, in_features)
         if stored.delta_a is not None:
-            check_branch(f"{name} (delta)", _delta(stored), out_features, in_features)
+            _check_delta(name, stored.delta_a, stored.delta_b, out_features, in_features)
 
 
-def _delta(stored: StoredLayerMask) -> SideBranch:
-    return SideBranch(low_rank_a=stored.delta_a, low_rank_b=stored.delta_b)
+def _check_delta(name: str, a: torch.Tensor, b: torch.Tensor, out_features: int, in_features: int) -> None:
+    if (
+        a.shape[-1] != in_features
+        or b.shape[:-1].numel() != out_features
+        or a.shape[:-1] != (*b.shape[:-2], b.shape[-1])
+    ):
+        raise PatternError(
+            f"{name}: its delta has factors of shape {list(b.shape)} and {list(a.shape)}, the weight {out_features} x "
+            f"{in_features}"
+        )
+
+
+def _with_delta(weight: torch.Tensor, stored: StoredLayerMask) -> torch.Tensor:
+    """`W + B A`, added in float32 or wider and rounded once."""
+    if stored.delta_a is None:
+        return weight
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    a, b = (factor.to(weight.device, wide) for factor in (stored.delta_a, stored.delta_b))
+    return (weight.to(wide) + (b @ a).reshape(weight.shape)).to(weight.dtype)
 
 
 @dataclass
@@ -135,10 +155,12 @@ class MaskOnLoad:
     Args:
         mask (`StoredMask`): the mask, found to fit.
         dense (`dict[str, str]`): layers of the mask that cannot be packed and become dense with zeros -> why.
+        experts (`list[str]`): fused experts of the mask, which are masked once all weights are there.
     """
 
     mask: StoredMask
     dense: dict[str, str] = field(default_factory=dict)
+    experts: list[str] = field(default_factory=list)
     _seen: set[str] = field(default_factory=set)
     _strangers: list[str] = field(default_factory=list)
     _unknown: list[str] = field(default_factory=list)
@@ -160,7 +182,7 @@ class MaskOnLoad:
             self._hint = self._hint or rounding_hint(weight)
         codes = ops.unpack_codes(stored.packed.to(weight.device), self.mask.pattern, weight.shape[1], name=name)
         keep = ops.codes_to_mask(codes, self.mask.pattern, weight.shape[1])
-        return weight if stored.delta_a is None else add_branch(weight, _delta(stored)), keep
+        return _with_delta(weight, stored), keep
 
     def settle(self, allow_base_mismatch: bool) -> None:
         """Say what the fingerprints told, once all weights are loaded.

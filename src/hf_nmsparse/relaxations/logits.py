@@ -26,9 +26,7 @@ class LogitsRelaxation(Relaxation):
         shape = self.logits_shape(*weight.shape)
         logits = torch.zeros(shape, device=weight.device, dtype=torch.float32)
         if not config.init_weights and not logits.is_meta:
-            # Its own generator: the default one belongs to the user's program.
-            generator = torch.Generator().manual_seed(self.key.seed * 2**32 + self.key.layer)
-            logits.copy_(torch.randn(shape, generator=generator) * LOGIT_STD)
+            logits.copy_(torch.randn(shape, generator=self.key.generator()) * LOGIT_STD)
         return {"nmsparse_logits": logits}
 
     def effective_weight(
