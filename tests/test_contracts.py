@@ -47,6 +47,31 @@ def test_1_frozen_means_frozen(make_llama, learned):
         assert torch.equal(trained[name], value)
 
 
+@pytest.mark.parametrize("terms", [{"slorb_block": 8}, {"low_rank": 2}])
+def test_2_a_term_beside_the_mask_merges_dense_with_a_warning_and_packs_live(make_llama, tokens, tmp_path, terms):
+    model = learn(get_peft_model(make_llama(), NMSparseConfig(**terms)), tokens, tmp_path)
+    expected = model(tokens).logits
+    packed = nms.compress(copy.deepcopy(model))
+    assert isinstance(packed.model.layers[0].mlp.up_proj, nms.SparseLinear24)
+    assert torch.allclose(packed(tokens).logits, expected, atol=1e-6)
+    with pytest.warns(UserWarning, match="merged weights are dense"):
+        merged = model.merge_and_unload()
+    weight = merged.model.layers[0].mlp.up_proj.weight
+    assert type(merged.model.layers[0].mlp.up_proj) is torch.nn.Linear
+    assert ops.count_groups(weight, NMPattern("2:4")).over > 0
+    assert torch.allclose(merged(tokens).logits, expected, atol=1e-5)
+
+
+def test_2_a_change_of_kept_weights_merges_to_n_of_m(make_llama, tokens, tmp_path):
+    model = learn(get_peft_model(make_llama(), NMSparseConfig(delta_rank=2)), tokens, tmp_path)
+    expected = model(tokens).logits
+    merged, base = model.merge_and_unload(), make_llama()
+    assert torch.equal(merged(tokens).logits, expected)
+    weight = merged.model.layers[0].mlp.up_proj.weight
+    assert ops.count_groups(weight, NMPattern("2:4")).over == 0
+    assert not torch.equal(weight[weight != 0], base.model.layers[0].mlp.up_proj.weight[weight != 0])
+
+
 @pytest.mark.parametrize("pattern", ["2:4", "1:4", "4:8"])
 def test_2_merge_is_exact(make_llama, tokens, tmp_path, pattern):
     model = learn(get_peft_model(make_llama(), NMSparseConfig(pattern=pattern)), tokens, tmp_path)
@@ -127,6 +152,35 @@ def test_6_nothing_is_half_done(make_llama, tokens, tmp_path):
         write_file(tmp_path, "text")
     assert [path.name for path in tmp_path.iterdir()] == ["kept.txt"]
     assert not list(tmp_path.parent.glob(f".{tmp_path.name}.*"))
+
+
+def test_7_terms_on_disk_are_the_documented_ones(make_llama, tokens, tmp_path):
+    from safetensors.torch import load_file
+
+    config = NMSparseConfig(slorb_block=20, low_rank=3, delta_rank=2, relaxation="elementwise")
+    model = learn(get_peft_model(make_llama(), config), tokens, tmp_path / "run")
+    nms.save_mask(model, tmp_path / "mask")
+    model.save_pretrained(tmp_path / "checkpoint")
+    nms.compress(model).save_pretrained(tmp_path / "packed")
+    layer, out, width = "model.layers.0.mlp.down_proj", 32, 48
+    shapes = {
+        "nmsparse_slorb": (out, 3),
+        "nmsparse_low_rank_a": (3, width),
+        "nmsparse_low_rank_b": (out, 3),
+        "nmsparse_delta_a": (2, width),
+        "nmsparse_delta_b": (out, 2),
+    }
+    mask = load_file(tmp_path / "mask" / "adapter_model.safetensors")
+    checkpoint = load_file(tmp_path / "checkpoint" / "adapter_model.safetensors")
+    packed = load_file(tmp_path / "packed" / "model.safetensors")
+    for stored in (mask, checkpoint):
+        found = {name: stored[f"base_model.model.{layer}.{name}.weight"].shape for name in shapes}
+        assert found == shapes
+    assert checkpoint[f"base_model.model.{layer}.nmsparse_logits.weight"].shape == (out, width)
+    assert packed[f"{layer}.weight_slorb"].shape == (out, 3)
+    assert packed[f"{layer}.weight_low_rank_a"].shape == (3, width)
+    assert packed[f"{layer}.weight_low_rank_b"].shape == (out, 3)
+    assert not [name for name in packed if "delta" in name]
 
 
 def test_7_formats_on_disk_are_the_documented_ones(learned, tmp_path):

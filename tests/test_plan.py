@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from families import FAMILIES
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -15,26 +16,67 @@ from hf_nmsparse import NMPattern, NMSparseConfig
 from hf_nmsparse.adapter import mask_layers
 from hf_nmsparse.errors import ConfigError, UnsupportedError
 from hf_nmsparse.packed import packed_sizes
-from hf_nmsparse.training.plan import inside_24
+from hf_nmsparse.packed.stored_mask import inside_24
+
+ALL_TERMS = {"slorb_block": 5, "low_rank": 3, "delta_rank": 2}
+PROJECTION = {"slorb_block": 8, "slorb_train_projection": True, "low_rank": 2}
 
 
-def logits_bytes(model) -> int:
-    return sum(p.nbytes for name, p in model.named_parameters() if ".nmsparse_logits." in name)
+def trainable(model, part: str) -> int:
+    return sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and part in name)
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "1:4", "4:8"])
-def test_logits_are_those_of_the_adapter_and_the_mask_file_is_as_large(make_llama, tmp_path, pattern):
-    config = NMSparseConfig(pattern=pattern)
+@pytest.mark.parametrize("relaxation", ["candidates", "elementwise"])
+def test_logits_are_those_of_the_adapter_and_the_mask_file_is_as_large(make_llama, tmp_path, pattern, relaxation):
+    config = NMSparseConfig(pattern=pattern, relaxation=relaxation)
     plan = nms.plan(make_llama(), config)
     model = get_peft_model(make_llama(), config)
     assert {layer.name for layer in plan.layers} == set(mask_layers(model))
-    assert plan.logits_bytes == logits_bytes(model)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert (plan.trainable, plan.gradient_bytes, plan.optimizer_bytes) == (trainable, 4 * trainable, 8 * trainable)
+    assert plan.logits_bytes == 4 * trainable(model, ".nmsparse_logits.") and plan.term_bytes == 0
+    assert plan.trainable == trainable(model, "")
+    assert (plan.gradient_bytes, plan.optimizer_bytes) == (4 * plan.trainable, 8 * plan.trainable)
     nms.save_mask(model, tmp_path)
     written = (tmp_path / "adapter_model.safetensors").stat().st_size
-    assert abs(plan.mask_file_bytes - written) <= 0.02 * written
-    assert plan.mask_bits_per_weight == pytest.approx(8 * written / plan.pruned_weights, rel=0.02)
+    assert plan.mask_file_bytes == written
+    assert plan.mask_bits_per_weight == 8 * written / plan.pruned_weights
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", ALL_TERMS),
+        ("llama", PROJECTION),
+        ("gpt2", ALL_TERMS),
+        ("gpt2", {}),
+        ("t5", {"delta_rank": 1}),
+        ("mixtral", {"delta_rank": 2}),
+        ("qwen3_moe", {}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value) or "mask",
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_every_number_is_that_of_the_real_thing(family, options, dtype, tmp_path):
+    config = NMSparseConfig(**options)
+    plan = nms.plan(FAMILIES[family]().to(dtype), config)
+    model = get_peft_model(FAMILIES[family]().to(dtype), config)
+    layers = mask_layers(model)
+    assert [layer.name for layer in plan.layers] == list(layers)
+    for layer in plan.layers:
+        base = layers[layer.name].base_weight
+        assert ((layer.out_features, layer.in_features), layer.dense_bytes) == (base.shape, base.stored.nbytes)
+    assert plan.logits_bytes == 4 * trainable(model, ".nmsparse_logits.")
+    assert plan.term_bytes == 4 * trainable(model, ".nmsparse_") - plan.logits_bytes
+    assert (plan.trainable, plan.other_trainable) == (trainable(model, ""), 0)
+    nms.save_mask(model, tmp_path)
+    assert plan.mask_file_bytes == (tmp_path / "adapter_model.safetensors").stat().st_size
+    packed = nms.compress(model)
+    sizes = packed_sizes(packed)
+    packable = [layer for layer in plan.layers if layer.packed_bytes is not None]
+    assert (len(packable), sum(layer.packed_bytes for layer in packable)) == (sizes.layers, sizes.packed)
+    assert plan.packed_model_bytes == sum(parameter.nbytes for parameter in packed.parameters())
+    left = {layer.not_packable for layer in plan.layers} - {None}
+    assert left == ({"fused experts"} if family in ("mixtral", "qwen3_moe") else set())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -44,6 +86,29 @@ def test_packed_bytes_are_those_of_the_packed_model(make_llama, dtype):
     sizes = packed_sizes(model)
     assert (plan.packed_bytes, plan.dense_bytes) == (sizes.packed, sizes.dense)
     assert plan.packed_model_bytes == sum(p.nbytes for p in model.parameters())
+
+
+def test_a_quantised_base_keeps_its_bytes_and_cannot_be_packed(make_llama, tmp_path):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model = make_llama()
+    attention = model.model.layers[0].self_attn
+    attention.q_proj = bitsandbytes.nn.Linear4bit(32, 32, bias=False, compute_dtype=torch.float32).to("cpu")
+    config = NMSparseConfig(target_modules=["q_proj"], delta_rank=2)
+    plan = nms.plan(model, config)
+    quantised, plain = plan.layers
+    assert quantised.dense_bytes == attention.q_proj.weight.nbytes < plain.dense_bytes // 4
+    assert "quantised with" in quantised.not_packable and plain.not_packable is None
+    assert plan.model_bytes == sum(parameter.nbytes for parameter in model.parameters())
+    assert plan.model_parameters == sum(parameter.numel() for parameter in make_llama().parameters())
+    adapted = get_peft_model(model, config)
+    assert plan.trainable == trainable(adapted, "")
+    nms.save_mask(adapted, tmp_path)
+    assert plan.mask_file_bytes == (tmp_path / "adapter_model.safetensors").stat().st_size
+
+
+def test_terms_that_a_layer_cannot_have_are_refused_as_by_the_adapter():
+    with pytest.raises(UnsupportedError, match="delta_rank"):
+        nms.plan(FAMILIES["mixtral"](), NMSparseConfig(low_rank=2))
 
 
 def test_a_model_on_the_meta_device_gives_the_same_plan(make_llama):
@@ -77,6 +142,25 @@ def test_skipped_layers_have_their_reason(make_llama):
     assert {layer.name for layer in plan.layers} == set(mask_layers(get_peft_model(model, config)))
     only_query = nms.plan(make_llama(), NMSparseConfig(target_modules=["q_proj"]))
     assert only_query.skipped["model.layers.0.self_attn.v_proj"] == "not in target_modules"
+    twice = NMSparseConfig(dense_layers=["layers.0"], layers_to_transform=[1])
+    assert nms.plan(make_llama(), twice).skipped["model.layers.0.mlp.down_proj"] == "named in dense_layers"
+
+
+def test_skipped_layers_of_every_kind_are_named():
+    plan = nms.plan(FAMILIES["gpt2"](), NMSparseConfig(dense_layers=["c_attn"]))
+    assert plan.skipped["transformer.h.1.attn.c_attn"] == "named in dense_layers"
+    assert plan.skipped["lm_head"] == "output head" and not any("wte" in name for name in plan.skipped)
+    experts = "model.layers.{}.mlp.experts.gate_up_proj"
+    for config, reason in (
+        (NMSparseConfig(target_modules=["q_proj"]), "not in target_parameters"),
+        (NMSparseConfig(target_parameters=[]), "not in target_parameters"),
+        (NMSparseConfig(dense_layers=["experts"]), "named in dense_layers"),
+        (NMSparseConfig(layers_to_transform=[1]), "not in layers_to_transform"),
+    ):
+        plan = nms.plan(FAMILIES["mixtral"](), config)
+        assert plan.skipped[experts.format(0)] == reason
+        pruned = mask_layers(get_peft_model(FAMILIES["mixtral"](), config))
+        assert {layer.name for layer in plan.layers} == set(pruned) and not set(plan.skipped) & set(pruned)
 
 
 def test_layers_that_cannot_be_packed_are_masked_and_say_why(make_llama):

@@ -61,7 +61,7 @@ def check_before_merging(check) -> None:
 
 
 def modules_taking_adapter_names(model: nn.Module, layer_cls: type):
-    """`(module, whether it is in an encoder)` of every module that understands `adapter_names` in its forward."""
+    """`(module, whether it is in an encoder, its adapters)` of every module that takes `adapter_names` in its forward."""
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     config = getattr(model, "config", None)
@@ -69,7 +69,7 @@ def modules_taking_adapter_names(model: nn.Module, layer_cls: type):
     in_encoder = set(encoder.modules()) if encoder is not None else set()
     for module in model.modules():
         if isinstance(module, (layer_cls, AuxiliaryTrainingWrapper)):
-            yield module, module in in_encoder
+            yield module, module in in_encoder, module._get_available_adapters()
 
 
 # --- transformers 5.23: no public way to say that injected adapters are gone once their layers were merged ------------

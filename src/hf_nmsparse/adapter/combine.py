@@ -75,6 +75,12 @@ def _check_alike(
             )
     if combination_type == "logits" and config.mask_format != "logits":
         raise ConfigError(f"adapter {name!r} is a published mask and has no logits; use combination_type='votes'")
+    for field in ("modules_to_save", "trainable_token_indices"):
+        if getattr(config, field):
+            raise UnsupportedError(
+                f"adapter {name!r} trains more than its mask ({field}), which a combination would lose; combine masks without "
+                "it"
+            )
     if config.has_side_branch or config.delta_rank is not None:
         raise UnsupportedError(
             f"adapter {name!r} has terms beside its mask (slorb_block, low_rank, delta_rank), which fit that one mask only; "

@@ -23,7 +23,8 @@ class NMSparseConfig(PeftConfig):
 
     Args:
         pattern (`str`): `"n:m"`, n weights kept of each m consecutive ones along the input dimension; m <= 16.
-        relaxation (`str`): how logits become a mask while training; `"candidates"` is MaskLLM's.
+        relaxation (`str`): how logits become a mask while training; `"candidates"` (one logit a candidate, MaskLLM's) or
+            `"elementwise"` (one a weight, any pattern).
         mask_format (`str`): `"logits"` (trainable checkpoint) or `"packed"` (a published mask: codes only).
         prior (`str`, *optional*): the mask that initialises the logits. `"magnitude"` is computed on the spot; any
             other name, or `None`, leaves the logits to `nms.set_prior`, which also records its name here.

@@ -71,13 +71,13 @@ class NMSparseLinear(nn.Module, NMSparseLayer):
             )
         if len(adapter_names) != len(x):
             raise UnsupportedError(
-                f"{self.module_name}: {len(adapter_names)} adapter names for {len(x)} samples; give one a sample"
+                f"{self.module_name}: {len(adapter_names)} adapter names for {len(x)} samples; give one a sample, and "
+                "num_beams and num_return_sequences as arguments of generate"
             )
         y = None
         for name in dict.fromkeys(adapter_names):
             rows = [index for index, other in enumerate(adapter_names) if other == name]
-            known = name != BASE and name in self.configs
-            part = self._under_masks(x[rows], [name]) if known else self.base_layer(x[rows])
+            part = self.base_layer(x[rows]) if name == BASE else self._under_masks(x[rows], [name])
             y = part.new_empty(len(x), *part.shape[1:]) if y is None else y
             y[rows] = part.to(y.dtype)
         return y

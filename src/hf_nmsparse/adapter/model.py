@@ -103,7 +103,7 @@ class NMSparseModel(BaseTuner):
                 "it with is_trainable=False, or start new logits from it: get_peft_model(model, NMSparseConfig(prior=None)) "
                 "and nms.set_prior(model, <the mask's folder or repo>)"
             )
-        names = [name for name, _ in model.named_modules()]
+        names = [name for name, _ in model.named_modules()] + list(base_weights(model))  # experts are no modules
         for entry in config.dense_layers or ():
             if not any(name_matches(name, entry) for name in names):
                 raise ConfigError(f"dense_layers: {entry!r} matches no module of {type(model).__name__}")
@@ -196,11 +196,12 @@ class NMSparseModel(BaseTuner):
             raise ConfigError(
                 f"adapter_names: {', '.join(unknown)} on no layer; the model has {', '.join(sorted(known))}"
             )
-        beams = kwargs.get("num_beams") or 1
+        copies = _copies_of_a_sample(kwargs)
         with contextlib.ExitStack() as hooks:
-            for module, in_encoder in _compat.modules_taking_adapter_names(self.model, NMSparseLayer):
+            for module, in_encoder, carried in _compat.modules_taking_adapter_names(self.model, NMSparseLayer):
                 # Beam search repeats every sample, but not in the encoder of an encoder-decoder model.
-                own = list(names) if in_encoder else [name for name in names for _ in range(beams)]
+                repeats = 1 if in_encoder else copies
+                own = [name if name in carried else BASE for name in names for _ in range(repeats)]
                 handle = module.register_forward_pre_hook(_AddAdapterNames(own), with_kwargs=True)
                 hooks.callback(handle.remove)
             yield
@@ -294,6 +295,13 @@ def set_mask_step(model: nn.Module, step: int, max_steps: int, draw: int = 0, ac
                 layer.set_moment(
                     name, Moment(step, max_steps, draw if config.resample == "micro" else 0, accumulation)
                 )
+
+
+def _copies_of_a_sample(generation: dict[str, Any]) -> int:
+    """How often `generate`, called with these arguments, repeats each sample of the batch; 1 for `forward`."""
+    config = generation.get("generation_config")
+    given = [generation.get(name) or getattr(config, name, None) or 1 for name in ("num_beams", "num_return_sequences")]
+    return max(given)
 
 
 class _AddAdapterNames:

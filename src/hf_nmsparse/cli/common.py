@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all verbs share: options, the one answer on stdout, and errors as one line with an exit code."""
+"""What all verbs share: the one answer on stdout, and errors as one line with an exit code."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ import traceback
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from enum import Enum
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console, RenderableType
@@ -29,54 +27,6 @@ if TYPE_CHECKING:
 
 OK, FAILED, WRONG_USE, STOPPED = 0, 1, 2, 130
 DEBUG_VARIABLE = "NMSPARSE_DEBUG"
-
-
-# --- options --------------------------------------------------------------------------------------------------------
-class Dtype(str, Enum):
-    """Dtypes to load a model in; `auto` is the one it is stored in."""
-
-    AUTO = "auto"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-    FLOAT32 = "float32"
-
-
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id or local folder of the model.")]
-OutputOption = Annotated[Path, typer.Option("--output", metavar="DIR", help="Folder to write, whole or not at all.")]
-PatternOption = Annotated[str, typer.Option("--pattern", metavar="N:M", help="N weights kept of each M.")]
-DenseLayersOption = Annotated[
-    list[str] | None,
-    typer.Option("--dense-layers", metavar="NAMES", help="Layers to leave unpruned, comma-separated or repeated."),
-]
-DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Dtype to load the model in; auto: as stored.")]
-DeviceOption = Annotated[
-    str | None,
-    typer.Option("--device", metavar="DEVICE", help="For example cuda:1; by default a GPU if there is one."),
-]
-MaskOption = Annotated[
-    str | None, typer.Option("--mask", metavar="MASK", help="Folder or Hub repo of a published mask.")
-]
-MaskRevisionOption = Annotated[str | None, typer.Option("--mask-revision", help="Revision of the mask's repo.")]
-TaskOption = Annotated[
-    str | None, typer.Option("--task", help="Subfolder, where a repo holds masks of several tasks.")
-]
-MismatchOption = Annotated[
-    bool, typer.Option("--allow-base-mismatch", help="Accept base weights other than those the mask was made for.")
-]
-OverwriteOption = Annotated[
-    bool, typer.Option("--overwrite", help="Write even into a folder that holds something else.")
-]
-DryRunOption = Annotated[
-    bool, typer.Option("--dry-run", help="Check everything and say what would be done; write nothing.")
-]
-JsonOption = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object on stdout, everything else on stderr.")
-]
-
-
-def listed(names: Iterable[str] | None) -> list[str]:
-    """Names given as repeated or comma-separated options, one by one."""
-    return [name.strip() for entry in names or () for name in entry.split(",") if name.strip()]
 
 
 # --- answers --------------------------------------------------------------------------------------------------------

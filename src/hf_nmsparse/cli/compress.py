@@ -6,7 +6,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
-from .common import (
+from .common import size, verb
+from .folders import Kind, check_output, written_line
+from .merge import mask_results
+from .models import continued_results, load_any, load_model, put_mask, revision_of
+from .options import (
     DryRunOption,
     Dtype,
     DtypeOption,
@@ -18,12 +22,7 @@ from .common import (
     OutputOption,
     OverwriteOption,
     TaskOption,
-    size,
-    verb,
 )
-from .folders import Kind, check_output, written_line
-from .merge import mask_results
-from .models import continued_results, load_any, load_model, put_mask, revision_of
 from .writing import write_model
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from .common import JsonOption, facts_table, size, verb
+from .common import facts_table, size, verb
+from .options import JsonOption
 
 
 def demo(

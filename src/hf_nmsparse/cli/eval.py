@@ -9,31 +9,26 @@ from typing import Annotated
 import typer
 
 from ..errors import ConfigError
-from .common import (
+from .common import facts_table, verb
+from .models import load_any, load_model, load_tokenizer, put_mask, stream, window_length
+from .options import (
+    TEXT_HELP,
     DeviceOption,
     Dtype,
     DtypeOption,
     JsonOption,
+    LengthOption,
     MaskOption,
     MaskRevisionOption,
     MismatchOption,
     ModelArgument,
     TaskOption,
-    facts_table,
-    verb,
 )
-from .models import load_any, load_model, load_tokenizer, put_mask, stream, window_length
 
 TextOption = Annotated[
-    str, typer.Option("--text", metavar="TEXT", help="Text file, folder, .jsonl, or dataset as owner/name:config.")
+    str, typer.Option("--text", metavar="TEXT", help=TEXT_HELP)
 ]
 SplitOption = Annotated[str, typer.Option("--split", help="Split of a dataset.")]
-LengthOption = Annotated[
-    int | None,
-    typer.Option(
-        "--sequence-length", min=2, help="Tokens a window; by default 2048, or the model's context if shorter."
-    ),
-]
 MaxTokensOption = Annotated[int | None, typer.Option("--max-tokens", min=2, help="Use only the first N tokens.")]
 BatchOption = Annotated[int | None, typer.Option("--batch-size", min=1, help="Windows a forward pass.")]
 

@@ -10,9 +10,10 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import ConfigError, FormatError
-from .common import JsonOption, facts_table, size, verb
+from .common import facts_table, size, verb
 from .folders import RESULTS_FILE, Kind, checkpoints_in, folder_bytes, kind_of, read_json
 from .models import locate
+from .options import JsonOption
 
 PathArgument = Annotated[
     str, typer.Argument(metavar="PATH", help="Folder or Hub repo of a mask, checkpoint, masked or packed model.")

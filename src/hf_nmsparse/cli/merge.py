@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import (
+from .common import verb
+from .folders import Kind, check_output, written_line
+from .models import continued_results, load_model, put_mask, revision_of
+from .options import (
     DryRunOption,
     Dtype,
     DtypeOption,
@@ -17,10 +20,7 @@ from .common import (
     OutputOption,
     OverwriteOption,
     TaskOption,
-    verb,
 )
-from .folders import Kind, check_output, written_line
-from .models import continued_results, load_model, put_mask, revision_of
 from .writing import write_model
 
 if TYPE_CHECKING:

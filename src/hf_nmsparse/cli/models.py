@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, NMSparseError
-from .common import Dtype, command_line, new_results
+from .common import command_line, new_results
 from .folders import RESULTS_FILE, Kind, kind_of, read_json
+from .options import Dtype
 
 if TYPE_CHECKING:
     import torch
@@ -51,18 +52,21 @@ def fetching(source: str) -> Iterator[None]:
         ) from error
 
 
-def locate(source: str, weights: bool = False) -> Path:
+def locate(source: str, weights: bool = False, revision: str | None = None, task: str | None = None) -> Path:
     """A local folder with the configs of a model or mask, and with its weights if wanted. Repos are fetched.
 
     Raises:
-        ConfigError: if it is not there and cannot be fetched.
+        HubError: if it is not there and cannot be fetched.
+        NotADirectoryError: if it is a local file.
     """
-    from huggingface_hub import snapshot_download
+    from ..hub.remote import local_folder
 
-    with fetching(source):
-        if Path(source).is_dir():
-            return Path(source)
-        return Path(snapshot_download(source, allow_patterns=["*.json"] + (["*.safetensors"] if weights else [])))
+    quiet_unless_watched()
+    patterns = ["*.json", *(["*.safetensors"] if weights else [])]
+    folder = local_folder(source, revision, task, patterns)
+    if not folder.is_dir():
+        raise ConfigError(f"{source} has no subfolder {task!r}")
+    return folder
 
 
 def empty_model(source: str) -> nn.Module:
@@ -195,6 +199,13 @@ def continued_results(source: str) -> RunResults:
     results = RunResults.read(path) if path.is_file() else new_results(command=None)
     results.command = "\n".join(filter(None, (results.command, command_line())))
     return results
+
+
+def prunable_names(model: nn.Module) -> list[str]:
+    """Names of the linear layers and fused experts of a model, whether they carry adapters or not."""
+    from ..training.plan import linear_and_experts
+
+    return list(linear_and_experts(model))
 
 
 def revision_of(model: nn.Module) -> str | None:

@@ -3,28 +3,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from .common import (
-    Answer,
-    DenseLayersOption,
-    JsonOption,
-    ModelArgument,
-    PatternOption,
-    facts_table,
-    listed,
-    size,
-    table,
-    verb,
-)
+from .common import Answer, facts_table, size, table, verb
 from .models import empty_model
+from .options import DenseLayersOption, JsonOption, ModelArgument, PatternOption, RelaxationOption, listed
 
 if TYPE_CHECKING:
     from ..training import Plan
-
-RelaxationOption = Annotated[str, typer.Option("--relaxation", help="How logits become a mask.")]
 
 
 def plan(

@@ -10,26 +10,24 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import ConfigError
-from .common import (
-    Answer,
+from .common import Answer, new_results, size, table, verb
+from .folders import Kind, check_output, written_line
+from .models import empty_model, load_model, load_tokenizer, prunable_names, revision_of, stream, window_length
+from .options import (
+    TEXT_HELP,
     DenseLayersOption,
     DeviceOption,
     DryRunOption,
     Dtype,
     DtypeOption,
     JsonOption,
+    LengthOption,
     ModelArgument,
     OutputOption,
     OverwriteOption,
     PatternOption,
     listed,
-    new_results,
-    size,
-    table,
-    verb,
 )
-from .folders import Kind, check_output, written_line
-from .models import empty_model, load_model, load_tokenizer, revision_of, stream, window_length
 from .writing import write_model
 
 if TYPE_CHECKING:
@@ -42,15 +40,9 @@ if TYPE_CHECKING:
 CriterionOption = Annotated[str, typer.Option("--criterion", help="magnitude, wanda, polish, ...")]
 CalibrationOption = Annotated[
     str | None,
-    typer.Option("--calibration", metavar="TEXT", help="Text file, folder, .jsonl, or dataset as owner/name:config."),
+    typer.Option("--calibration", metavar="TEXT", help=TEXT_HELP),
 ]
 SamplesOption = Annotated[int, typer.Option("--samples", min=1, help="Calibration windows.")]
-LengthOption = Annotated[
-    int | None,
-    typer.Option(
-        "--sequence-length", min=2, help="Tokens a window; by default 2048, or the model's context if shorter."
-    ),
-]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of the choice of windows.")]
 PackedOption = Annotated[
     bool, typer.Option("--packed/--dense", help="Write packed 2:4 layers, or dense ones with zeros.")
@@ -108,7 +100,7 @@ def prune(
 def check_pattern(pattern: str, packed: bool) -> None:
     """Refuse a malformed pattern, or to pack one whose masks can keep more than 2 of 4, before anything is loaded."""
     from ..pattern import NMPattern
-    from ..training.plan import inside_24
+    from ..packed.stored_mask import inside_24
 
     if packed and not inside_24(NMPattern(pattern)):
         raise ConfigError(
@@ -133,17 +125,16 @@ def described(source: str, tokens: torch.Tensor) -> str:
 
 
 def _results(name: str, model: nn.Module, report: PruneReport, data: dict[str, str], seed: int | None) -> RunResults:
-    from torch import nn as torch_nn
-
     pruned = [layer.name for layer in report.layers]
-    dense = [key for key, module in model.named_modules() if isinstance(module, torch_nn.Linear) and key not in pruned]
+    # Each of a module's fused experts is a layer of the report: its weight's name with a number.
+    sparse = {name for layer in pruned for name in (layer, layer.rpartition(".")[0])}
     return new_results(
         base_model=name,
         base_revision=revision_of(model),
         pattern=report.pattern,
         method=report.criterion,
         sparse_layers=pruned,
-        dense_layers=dense,
+        dense_layers=[name for name in prunable_names(model) if name not in sparse],
         data=data,
         seed=seed,
         seconds=report.seconds,

@@ -10,13 +10,13 @@ from typing import Annotated
 import typer
 
 from ..errors import ConfigError, FormatError
-from .common import JsonOption, OutputOption, OverwriteOption, TaskOption, verb
+from .common import verb
 from .folders import Kind, check_output, folder_bytes, kind_of, output_folder, written_line
 from .models import quiet_unless_watched
+from .options import JsonOption, OutputOption, OverwriteOption, RevisionOption, TaskOption
 from .push import RecordedPatternOption, check_kind
 
 RepoArgument = Annotated[str, typer.Argument(metavar="REPO_ID", help="Hub id of a mask, packed or masked model.")]
-RevisionOption = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of the repo.")]
 
 
 def pull(

@@ -9,9 +9,10 @@ from typing import Annotated
 import typer
 
 from ..errors import ConfigError
-from .common import DryRunOption, JsonOption, TaskOption, size, table, verb
+from .common import size, table, verb
 from .folders import Kind, kind_of
 from .models import quiet_unless_watched
+from .options import DryRunOption, JsonOption, TaskOption
 
 FolderArgument = Annotated[
     Path, typer.Argument(metavar="FOLDER", help="Local folder of a mask, packed model or masked model.")

@@ -11,22 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigError, FormatError
-from .common import (
-    STOPPED,
-    DenseLayersOption,
-    DryRunOption,
-    Dtype,
-    DtypeOption,
-    JsonOption,
-    ModelArgument,
-    OutputOption,
-    OverwriteOption,
-    PatternOption,
-    command_line,
-    listed,
-    tell,
-    verb,
-)
+from .common import STOPPED, command_line, tell, verb
 from .folders import (
     CHECKPOINTS,
     Kind,
@@ -36,7 +21,21 @@ from .folders import (
     remove_checkpoints,
 )
 from .models import empty_model
-from .plan import RelaxationOption, show_plan
+from .options import (
+    DenseLayersOption,
+    DryRunOption,
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    LengthOption,
+    ModelArgument,
+    OutputOption,
+    OverwriteOption,
+    PatternOption,
+    RelaxationOption,
+    listed,
+)
+from .plan import show_plan
 from .training_run import TrainingRun
 
 if TYPE_CHECKING:
@@ -74,12 +73,6 @@ TemperatureOption = Annotated[
 ]
 ScaleOption = Annotated[
     tuple[float, float], typer.Option("--logit-scale", metavar="START END", help="Factor on the logits.")
-]
-LengthOption = Annotated[
-    int | None,
-    typer.Option(
-        "--sequence-length", min=2, help="Tokens a window; by default 2048, or the model's context if shorter."
-    ),
 ]
 DistillOption = Annotated[
     bool,

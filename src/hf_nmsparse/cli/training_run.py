@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import Answer, Dtype, new_results, table
+from .common import Answer, new_results, table
 from .folders import RESULTS_FILE, output_folder, written_line
 from .models import fetching, load_model, load_tokenizer, revision_of, stream, window_length
+from .options import Dtype
 from .prune import described
 
 if TYPE_CHECKING:

@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..errors import ConfigError
-from .common import FAILED, JsonOption, PatternOption, facts_table, table, verb
+from .common import FAILED, facts_table, table, verb
 from .folders import Kind, kind_of
 from .models import load_model, locate
+from .options import JsonOption, PatternOption
 
 PathArgument = Annotated[str, typer.Argument(metavar="PATH", help="Folder or Hub repo of a mask or model.")]
 BaseOption = Annotated[
@@ -22,19 +24,19 @@ _BROKEN_SHOWN = 10
 def verify(
     path: PathArgument,
     base: BaseOption = None,
-    pattern: PatternOption = "2:4",
+    pattern: RecordedPatternOption = None,
+    revision: RevisionOption = None,
+    task: TaskOption = None,
     json_output: JsonOption = False,
 ) -> None:
     """Check every group of a mask, masked or packed model: digests, codes, counts. Exit code 1 if it does not hold.
-
-    --pattern is for masked models, whose pattern is written nowhere.
 
     Example: nmsparse verify my-packed-model
     """
     with verb(json_output) as answer:
         from ..hub import verify as check
 
-        folder = locate(path, weights=True)
+        folder = locate(path, True, revision, task)
         kind = kind_of(folder)
         if kind not in (Kind.MASK, Kind.MODEL, Kind.PACKED):
             raise ConfigError(f"{path} ({kind.value}): verify takes published masks, masked and packed models")
@@ -42,7 +44,7 @@ def verify(
             raise ConfigError(f"--base is for masks; {path} is a {kind.value}")
         report = check(folder, pattern)
         if base is not None:
-            _check_fit(path, base)
+            _check_fit(folder, base)
         broken = {name: counts.over for name, counts in report.layers.items() if counts.over}
         answer.facts = {
             "path": path,
@@ -72,9 +74,9 @@ def verify(
             answer.show(table("broken layers", ("layer", "groups over"), worst))
 
 
-def _check_fit(mask: str, base: str) -> None:
+def _check_fit(mask: Path, base: str) -> None:
     """Raise unless the mask was made for the weights of the base."""
+    from ..adapter import base_weights
     from ..hub import match_to_model, read_mask
-    from ..packed.layers import linear_layers
 
-    match_to_model(read_mask(mask), linear_layers(load_model(base)))
+    match_to_model(read_mask(mask), base_weights(load_model(base)))

@@ -7,22 +7,43 @@ import copy
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from peft import get_peft_model
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from ..adapter import NMSparseConfig, NMSparseLayer, NMSparseModel, mask_layers
+from ..adapter import (
+    BaseWeight,
+    NMSparseConfig,
+    NMSparseLayer,
+    NMSparseModel,
+    ParamWrapper,
+    base_weights,
+    mask_layers,
+    term_shapes,
+)
 from ..errors import ConfigError, UnsupportedError
 from ..fingerprint import FINGERPRINT_BYTES
+from ..hub.mask_file import PREFIX, stored_paths
 from ..packed.layers import unpackable_layers
+from ..packed.stored_mask import inside_24
 from ..pattern import NMPattern
 
 _ADAPTER = "default"
 _GRADIENT_BYTES, _ADAMW_BYTES = 4, 8  # of one float32 parameter: its gradient; AdamW's two moments
 _NARROWING_FIELDS = ("dense_layers", "exclude_modules", "layers_to_transform")
+# Names of dtypes in a safetensors file, in the order in which it lays tensors down.
+_STORED_AS = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint8: "U8",
+}
 
 
 @dataclass(frozen=True)
@@ -30,13 +51,15 @@ class PlannedLayer:
     """A layer that the config prunes.
 
     Args:
-        name (`str`): module name.
-        out_features (`int`), in_features (`int`): its weight is `[out, in]`.
+        name (`str`): module name; of fused experts with the name of the parameter.
+        out_features (`int`), in_features (`int`): its weight is `[out, in]`; fused experts count with the rows of all.
         groups (`int`): groups of m weights, tails included.
         parameters (`int`): trainable values of its mask, float32.
+        term_parameters (`int`): trainable values of its terms (SLoRB, low rank, delta), float32.
         mask_bytes (`int`): its packed codes in a published mask.
-        dense_bytes (`int`): its weight as it is now.
-        packed_bytes (`int`, *optional*): its kept values and their ids in a packed model; `None` if it cannot be packed.
+        dense_bytes (`int`): its weight as it is now, quantised or not.
+        packed_bytes (`int`, *optional*): its kept values, their ids and its side branch in a packed model; `None` if it
+            cannot be packed.
         not_packable (`str`, *optional*): why it cannot.
     """
 
@@ -45,6 +68,7 @@ class PlannedLayer:
     in_features: int
     groups: int
     parameters: int
+    term_parameters: int
     mask_bytes: int
     dense_bytes: int
     packed_bytes: int | None
@@ -60,10 +84,10 @@ class Plan:
         relaxation (`str`): how logits become a mask.
         candidates (`int`): C(m, n).
         model_parameters (`int`), model_bytes (`int`): of the whole model, tied weights counted once.
-        other_trainable (`int`): trainable parameters beside the masks (`modules_to_save`, token indices).
+        other_trainable (`int`): trainable parameters beside masks and terms (`modules_to_save`, token indices).
         layers (`list[PlannedLayer]`): what is pruned.
-        skipped (`dict[str, str]`): linear layers left dense -> why.
-        mask_file_bytes (`int`): of a published mask's safetensors file.
+        skipped (`dict[str, str]`): linear layers and fused experts left dense -> why.
+        mask_file_bytes (`int`): of a published mask's safetensors file, terms included.
     """
 
     pattern: str
@@ -83,13 +107,18 @@ class Plan:
 
     @property
     def trainable(self) -> int:
-        """Trainable values: those of the masks, and what else the config trains."""
-        return sum(layer.parameters for layer in self.layers) + self.other_trainable
+        """Trainable values: those of masks and terms, and what else the config trains."""
+        return sum(layer.parameters + layer.term_parameters for layer in self.layers) + self.other_trainable
 
     @property
     def logits_bytes(self) -> int:
         """Bytes of all trainable mask tensors, float32."""
         return 4 * sum(layer.parameters for layer in self.layers)
+
+    @property
+    def term_bytes(self) -> int:
+        """Bytes of the trainable tensors of all terms, float32."""
+        return 4 * sum(layer.term_parameters for layer in self.layers)
 
     @property
     def gradient_bytes(self) -> int:
@@ -151,107 +180,144 @@ def plan(model: nn.Module, config: NMSparseConfig) -> Plan:
     """
     if mask_layers(model):
         raise UnsupportedError("the model carries mask adapters already; plan on its base model")
-    skeleton = _without_values(model)
-    linears = {name: module for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)}
+    weights = base_weights(model)
+    skeleton = _without_values(model, weights)
+    prunable = linear_and_experts(skeleton)
     head = skeleton.get_output_embeddings() if hasattr(skeleton, "get_output_embeddings") else None
-    parameters = list(skeleton.parameters())
+    model_parameters = sum(parameter.numel() for parameter in skeleton.parameters())
     unpackable = unpackable_layers(skeleton)
     resolved = copy.deepcopy(config)
     try:
         peft_model = get_peft_model(skeleton, resolved, adapter_name=_ADAPTER, low_cpu_mem_usage=True)
     except NoMatchingPeftModuleError as error:
         raise ConfigError(f"the config leaves no layer to prune ({error})") from error
-    pattern = NMPattern(config.pattern)
-    layers = [_planned(name, layer, pattern, unpackable) for name, layer in mask_layers(peft_model, _ADAPTER).items()]
-    pruned = {layer.name for layer in layers}
+    masked = mask_layers(peft_model, _ADAPTER)
+    layers = [_planned(name, layer, weights[name], config, unpackable) for name, layer in masked.items()]
     trainable = sum(parameter.numel() for parameter in peft_model.parameters() if parameter.requires_grad)
+    pattern = NMPattern(config.pattern)
     return Plan(
         pattern=str(pattern),
         relaxation=config.relaxation,
         candidates=pattern.num_candidates,
-        model_parameters=sum(parameter.numel() for parameter in parameters),
-        model_bytes=sum(parameter.nbytes for parameter in parameters),
-        other_trainable=max(0, trainable - sum(layer.parameters for layer in layers)),
-        mask_file_bytes=_mask_file_bytes(layers),
+        model_parameters=model_parameters,
+        model_bytes=sum(parameter.nbytes for parameter in model.parameters()),
+        other_trainable=max(0, trainable - sum(layer.parameters + layer.term_parameters for layer in layers)),
+        mask_file_bytes=_mask_file_bytes(masked, weights, config),
         layers=layers,
         skipped={
-            name: _reason(name, module is head, resolved) for name, module in linears.items() if name not in pruned
+            name: _reason(name, base, base.module is head, resolved)
+            for name, base in prunable.items()
+            if name not in masked
         },
     )
 
 
-def _without_values(model: nn.Module) -> nn.Module:
-    """A copy of a model whose tensors have shapes and no memory. Ties between parameters are kept."""
-    twins: dict[int, torch.Tensor] = {}
+def linear_and_experts(model: nn.Module) -> dict[str, BaseWeight]:
+    """The weights of a model that are usually pruned, or left dense for a reason: of linear layers and fused experts."""
+    return {
+        name: base
+        for name, base in base_weights(model).items()
+        if isinstance(base.module, (nn.Linear, Conv1D)) or base.is_fused_experts
+    }
+
+
+def _without_values(model: nn.Module, weights: Mapping[str, BaseWeight]) -> nn.Module:
+    """A copy of a model whose tensors have shapes and no memory. Ties between parameters are kept.
+
+    Quantised layers become plain ones: without values they could not be read.
+    """
+    twins: dict[int, object] = {}
     for parameter in model.parameters():
         twins[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
     for buffer in model.buffers():
         twins[id(buffer)] = buffer.to("meta")
+    for base in weights.values():
+        if base.backend is not None:
+            out_features, in_features = base.shape
+            bias = base.module.bias is not None
+            twins[id(base.module)] = nn.Linear(in_features, out_features, bias, device="meta")
     # deepcopy takes what its memo holds for the copy already made.
     return copy.deepcopy(model, twins)
 
 
-def _planned(name: str, layer: NMSparseLayer, pattern: NMPattern, unpackable: dict[str, str]) -> PlannedLayer:
-    weight = layer.get_base_layer().weight
-    out_features, in_features = weight.shape
-    reason = unpackable.get(name)
-    if reason is None and not inside_24(pattern):
-        reason = f"the pattern {pattern} can keep more than 2 of 4 weights"
-    packed = weight.nbytes // 2 + out_features * in_features // 8
+def _planned(
+    name: str, layer: NMSparseLayer, base: BaseWeight, config: NMSparseConfig, unpackable: Mapping[str, str]
+) -> PlannedLayer:
+    pattern = NMPattern(config.pattern)
+    out_features, in_features = layer.out_features, layer.in_features
+    shapes = term_shapes(config, out_features, in_features, base.num_experts)
+    terms = {container: math.prod(shape) for container, shape in shapes.items()}
+    branch = sum(count for container, count in terms.items() if not container.startswith("nmsparse_delta"))
+    reason = _not_packable(layer, base, pattern) or unpackable.get(name)
+    itemsize = base.stored.element_size()
+    packed = itemsize * (out_features * in_features // 2 + branch) + out_features * in_features // 8
+    trained = sum(value.numel() for key, value in layer.named_parameters() if key.startswith(NMSparseModel.prefix))
     return PlannedLayer(
         name=name,
         out_features=out_features,
         in_features=in_features,
         groups=out_features * pattern.num_groups(in_features),
-        parameters=sum(
-            value.numel() for key, value in layer.named_parameters() if key.startswith(NMSparseModel.prefix)
-        ),
+        parameters=trained - sum(terms.values()),
+        term_parameters=sum(terms.values()),
         mask_bytes=out_features * pattern.packed_row_bytes(in_features),
-        dense_bytes=weight.nbytes,
+        dense_bytes=base.stored.nbytes,
         packed_bytes=None if reason else packed,
         not_packable=reason,
     )
 
 
-def inside_24(pattern: NMPattern) -> bool:
-    """Whether every mask of the pattern keeps at most 2 of each 4 consecutive weights."""
-    n, m = pattern.n, pattern.m
-    for start in range(0, math.lcm(4, m), 4):
-        groups = range(start // m, (start + 3) // m + 1)
-        overlaps = (min(start + 4, (group + 1) * m) - max(start, group * m) for group in groups)
-        if sum(min(n, overlap) for overlap in overlaps) > 2:
-            return False
-    return True
+def _not_packable(layer: NMSparseLayer, base: BaseWeight, pattern: NMPattern) -> str | None:
+    """Why no layer of this kind can be packed."""
+    if isinstance(layer, ParamWrapper):
+        return "fused experts" if base.is_fused_experts else "not the weight of a linear layer"
+    if base.backend is not None:
+        return f"quantised with {base.backend.backend_name}; publish the mask, and pack the unquantised base under it"
+    return None if inside_24(pattern) else f"the pattern {pattern} can keep more than 2 of 4 weights"
 
 
-def _reason(name: str, is_head: bool, config: NMSparseConfig) -> str:
-    """Why the adapter leaves a linear layer alone: the field without which it would not."""
+def _reason(name: str, base: BaseWeight, is_head: bool, config: NMSparseConfig) -> str:
+    """Why the adapter leaves a weight alone."""
+    wide = copy.copy(config)
     for narrowing in _NARROWING_FIELDS:
-        if getattr(config, narrowing) is not None:
-            wider = copy.copy(config)
-            setattr(wider, narrowing, None)
-            if NMSparseModel._check_target_module_exists(wider, name):
+        setattr(wide, narrowing, None)
+    if base.is_fused_experts:  # that only the other fields decide
+        wide.target_modules = {name}
+    if NMSparseModel._check_target_module_exists(wide, name):
+        for narrowing in _NARROWING_FIELDS:
+            narrow = copy.copy(wide)
+            setattr(narrow, narrowing, getattr(config, narrowing))
+            if not NMSparseModel._check_target_module_exists(narrow, name):
                 return f"{'not' if narrowing == 'layers_to_transform' else 'named'} in {narrowing}"
+    if base.is_fused_experts:
+        return "not in target_parameters"
     return "output head" if is_head else "not in target_modules"
 
 
-def _mask_file_bytes(layers: list[PlannedLayer]) -> int:
-    """Size of a published mask: the safetensors header as `save_mask` makes it, then codes, digest and fingerprint."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for layer in layers:
-        shapes = {
-            "nmsparse_packed": [layer.out_features, layer.mask_bytes // layer.out_features],
-            "nmsparse_digest": [FINGERPRINT_BYTES],
-            "nmsparse_base": [FINGERPRINT_BYTES],
+def _mask_file_bytes(
+    layers: Mapping[str, NMSparseLayer], weights: Mapping[str, BaseWeight], config: NMSparseConfig
+) -> int:
+    """Size of a published mask: the header as safetensors writes it for `save_mask`, then the tensors."""
+    pattern = NMPattern(config.pattern)
+    tensors: list[tuple[torch.dtype, str, tuple[int, ...]]] = []
+    # As in a file: PEFT nests the wrappers of one module, and the outermost, which a walk meets first, is its last.
+    parameters = [name for name, layer in reversed(list(layers.items())) if isinstance(layer, ParamWrapper)]
+    for name, place in stored_paths(set(layers) - set(parameters), parameters).items():
+        layer, base = layers[name], weights[name]
+        packed = (layer.out_features, pattern.packed_row_bytes(layer.in_features))
+        codes = {
+            "nmsparse_packed": packed,
+            "nmsparse_digest": (FINGERPRINT_BYTES,),
+            "nmsparse_base": (FINGERPRINT_BYTES,),
         }
-        for part, shape in shapes.items():
-            end = offset + math.prod(shape)
-            header[f"base_model.model.{layer.name}.{part}"] = {
-                "dtype": "U8",
-                "shape": shape,
-                "data_offsets": [offset, end],
-            }
-            offset = end
-    length = len(json.dumps(header, separators=(",", ":")))
-    return 8 + -(-length // 8) * 8 + offset
+        terms = term_shapes(config, layer.out_features, layer.in_features, base.num_experts)
+        dtype = base.stored.dtype if base.stored.is_floating_point() else torch.float32
+        tensors += [(torch.uint8, f"{PREFIX}{place}.{part}", shape) for part, shape in codes.items()]
+        tensors += [(dtype, f"{PREFIX}{place}.{part}.weight", shape) for part, shape in terms.items()]
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    order, start = list(_STORED_AS), 0
+    for dtype, key, shape in sorted(tensors, key=lambda tensor: (order.index(tensor[0]), tensor[1])):
+        end = start + math.prod(shape) * dtype.itemsize
+        header[key] = {"dtype": _STORED_AS[dtype], "shape": shape, "data_offsets": [start, end]}
+        start = end
+    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + -(-length // 8) * 8 + start
