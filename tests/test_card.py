@@ -13,8 +13,9 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard import metadata_load
 from markdown_it import MarkdownIt
 
+from hf_nmsparse import NMSparseConfig
 from hf_nmsparse.errors import ConfigError
-from hf_nmsparse.hub.card import MISSING, card_text, write_card
+from hf_nmsparse.hub.card import MISSING, card_text, terms_of, write_card
 from hf_nmsparse.results import RunResults
 
 HOSTILE = (
@@ -160,6 +161,7 @@ def test_hostile_text_breaks_neither_metadata_nor_page(kind, tmp_path):
         base_model=HOSTILE, base_revision=HOSTILE, pattern=HOSTILE, method=HOSTILE, sparse_layers=[HOSTILE],
         dense_layers=[HOSTILE] * 9, data=keyed, perplexity={HOSTILE: 3.0, "dense": 2.0}, sizes={HOSTILE: 3},
         speed=[{"name": HOSTILE, "device": HOSTILE, "tokens": HOSTILE}], command=HOSTILE, environment=keyed,
+        terms={"slorb_block": HOSTILE, "delta_rank": HOSTILE}, fused_experts=[HOSTILE],
     )  # fmt: skip
     text = card_text(results, kind, license=HOSTILE, language=[HOSTILE], repo_id=HOSTILE)
     card = load(text, tmp_path)
@@ -173,6 +175,37 @@ def test_hostile_text_breaks_neither_metadata_nor_page(kind, tmp_path):
         ast.parse(block)
     for table in re.findall(r"<tr>(.*?)</tr>", page, flags=re.DOTALL):
         assert len(re.findall(r"<t[dh]", table)) in (2, 3, 5)
+
+
+TERMS = {"slorb_block": 16, "low_rank": 8, "delta_rank": 4}
+
+
+def test_terms_are_named_with_what_becomes_of_them():
+    plain = card_text(sample_results(), "mask")
+    assert "eside the" not in plain and "kept weights" not in plain and "experts" not in plain
+    mask, packed = (card_text(sample_results(terms=TERMS), kind) for kind in ("mask", "packed"))
+    for text in (mask, packed):
+        assert "SLoRB (blocks of 16 inputs) and a low-rank term (rank 8)" in text and "(rank 4)" in text
+        assert "| mask and terms, bits per pruned weight |" in text
+    assert "Merging it with the mask gives dense weights" in mask and "Merging it keeps the pattern" not in mask
+    assert "`nms.decompress` adds it" in packed and "is merged into them" in packed
+    only_delta = card_text(sample_results(terms={"delta_rank": 4}), "mask")
+    assert "Merging it keeps the pattern" in only_delta and "dense weights" not in only_delta
+
+
+def test_fused_experts_are_named_and_stay_dense():
+    names = [f"model.layers.{i}.mlp.experts.{part}" for i in range(3) for part in ("gate_up_proj", "down_proj")]
+    for kind in ("mask", "packed"):
+        text = card_text(sample_results(fused_experts=names), kind)
+        assert "6 (gate_up_proj × 3, down_proj × 3)" in text and "dense with zeros" in text
+
+
+def test_the_words_of_a_config_are_those_of_the_card():
+    assert terms_of(NMSparseConfig()) == {}
+    assert terms_of(NMSparseConfig(**TERMS)) == TERMS
+    trained = NMSparseConfig(slorb_block=16, slorb_train_projection=True)
+    text = card_text(sample_results(terms=terms_of(trained)), "mask")
+    assert "SLoRB (blocks of 16 inputs, projection trained)," in text
 
 
 def test_only_the_row_of_the_artefact_is_published_as_its_result(tmp_path):

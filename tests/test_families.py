@@ -106,6 +106,16 @@ def test_merging_keeps_n_of_m_along_the_inputs_and_the_output(family):
         assert torch.equal(weight[kept], base[name].read()[kept])
 
 
+def test_verify_counts_merged_models_in_memory_and_on_disk_along_the_inputs(family, tmp_path):
+    model = trained(family)
+    linear = [name for name, layer in mask_layers(model).items() if isinstance(layer, NMSparseLinear)]
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    report, on_disk = nms.verify(merged), nms.verify(tmp_path)
+    assert report.ok and set(linear) <= set(report.layers)
+    assert on_disk.ok and len(on_disk.layers) >= len(linear)  # some architectures use other names on disk
+
+
 def test_unmerging_restores_the_base_bit_for_bit(family):
     before = state_of(FAMILIES[family]())
     model = trained(family)

@@ -16,7 +16,6 @@ from peft.utils.hotswap import hotswap_adapter
 from tests_support import TinyMLP
 from transformers import (
     AutoModel,
-    AutoModelForCausalLM,
     GenerationConfig,
     LlamaForSequenceClassification,
 )
@@ -24,7 +23,7 @@ from transformers import (
 import hf_nmsparse as nms
 from hf_nmsparse import NMPattern, NMSparseConfig, ops
 from hf_nmsparse.adapter import mask_layers
-from hf_nmsparse.errors import ConfigError, UnsupportedError
+from hf_nmsparse.errors import BaseModelMismatchError, ConfigError, UnsupportedError
 
 TERMS = {"slorb_block": 8, "low_rank": 2, "delta_rank": 2}
 EXPERTS = {"delta_rank": 2}
@@ -110,11 +109,14 @@ def test_each_row_of_a_mixed_batch_is_computed_by_its_own_mask(several, tokens):
 @pytest.mark.parametrize(
     "how",
     [
-        {},
-        {"num_beams": 3},
-        {"generation_config": GenerationConfig(num_beams=3, max_new_tokens=4, eos_token_id=None, pad_token_id=0)},
+        pytest.param({}, id="greedy", marks=pytest.mark.slow),
+        pytest.param({"num_beams": 3}, id="beams"),
+        pytest.param(
+            {"generation_config": GenerationConfig(num_beams=3, max_new_tokens=4, eos_token_id=None, pad_token_id=0)},
+            id="beams in a config",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["greedy", "beams", "beams in a config"],
 )
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_generation_of_a_mixed_batch_equals_that_of_each_mask(family, how):
@@ -268,24 +270,21 @@ def test_a_combined_mask_is_saved_published_merged_and_deleted(pair, make_llama,
     assert not any(".mix" in name for name in pair.state_dict())
 
 
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"combination_type": "linear"}, ConfigError, "combination_type='linear' has no meaning for masks"),
-        ({"adapters": ["default", "quarter"]}, ConfigError, "differ in pattern: '2:4' and '1:4'"),
-        ({"adapters": ["default", "terms"]}, UnsupportedError, "terms beside its mask"),
-        ({"adapters": ["default", "few"]}, ConfigError, "are on different layers, first at"),
-        ({"adapters": ["default", "head"]}, UnsupportedError, r"more than its mask \(modules_to_save\)"),
-        ({"adapters": ["default", "missing"]}, ConfigError, "no adapter 'missing'"),
-        ({"adapters": ["default", "published"]}, ConfigError, "use combination_type='votes'"),
-        ({"adapter_name": "other"}, ConfigError, "already has an adapter 'other'"),
-        ({"weights": [1.0]}, ConfigError, "2 adapters and 1 weights"),
-        ({"weights": [1.0, float("nan")]}, ConfigError, "weight nan is not a finite number"),
-    ],
-)
-def test_masks_that_do_not_combine_are_refused_and_the_model_stays(
-    pair, make_llama, tokens, tmp_path, change, error, message
-):
+REFUSED = [
+    ({"combination_type": "linear"}, ConfigError, "combination_type='linear' has no meaning for masks"),
+    ({"adapters": ["default", "quarter"]}, ConfigError, "differ in pattern: '2:4' and '1:4'"),
+    ({"adapters": ["default", "terms"]}, UnsupportedError, "terms beside its mask"),
+    ({"adapters": ["default", "few"]}, ConfigError, "are on different layers, first at"),
+    ({"adapters": ["default", "head"]}, UnsupportedError, r"more than its mask \(modules_to_save\)"),
+    ({"adapters": ["default", "missing"]}, ConfigError, "no adapter 'missing'"),
+    ({"adapters": ["default", "published"]}, ConfigError, "use combination_type='votes'"),
+    ({"adapter_name": "other"}, ConfigError, "already has an adapter 'other'"),
+    ({"weights": [1.0]}, ConfigError, "2 adapters and 1 weights"),
+    ({"weights": [1.0, float("nan")]}, ConfigError, "weight nan is not a finite number"),
+]
+
+
+def test_masks_that_do_not_combine_are_refused_and_the_model_stays(pair, make_llama, tmp_path):
     pair.add_adapter("quarter", NMSparseConfig(pattern="1:4"))
     pair.add_adapter("terms", NMSparseConfig(**TERMS))
     pair.add_adapter("few", NMSparseConfig(dense_layers=["down_proj"]))
@@ -293,10 +292,11 @@ def test_masks_that_do_not_combine_are_refused_and_the_model_stays(
     pair.load_adapter(nms.save_mask(randomised(masked(make_llama())), tmp_path / "published"), "published")
     before, names = tensors_of(pair), set(pair.peft_config)
     call = {"adapters": ["default", "other"], "weights": [1.0, 1.0], "adapter_name": "mix"}
-    with pytest.raises(error, match=message):
-        pair.add_weighted_adapter(**{**call, **change})
-    assert_same_tensors(pair, before)
-    assert set(pair.peft_config) == names and pair.active_adapters == ["default"]
+    for change, error, message in REFUSED:
+        with pytest.raises(error, match=message):
+            pair.add_weighted_adapter(**{**call, **change})
+        assert_same_tensors(pair, before)
+        assert set(pair.peft_config) == names and pair.active_adapters == ["default"]
 
 
 # --- adapters come and go -----------------------------------------------------------------------------------------------
@@ -310,7 +310,7 @@ def test_adapters_are_deleted_one_by_one_down_to_the_base(several, make_llama, t
     assert torch.equal(several(input_ids=tokens).logits, outputs["terms"])
     several.delete_adapter("terms")
     # (Not through the PeftModel: PEFT itself looks for the config of the adapter that is gone, LoRA or not.)
-    assert torch.equal(several.get_base_model()(input_ids=tokens).logits, make_llama()(input_ids=tokens).logits)
+    assert torch.equal(several.base_model(input_ids=tokens).logits, make_llama()(input_ids=tokens).logits)
     assert not any(".nmsparse_" in name for name in several.state_dict())
     several.add_adapter("again", NMSparseConfig(init_weights=False))
     several.set_adapter("again")
@@ -401,10 +401,22 @@ def test_copies_and_pickles_with_terms_and_experts_compute_the_same(family, term
     assert torch.equal(copies[1](**inputs).logits, expected)
 
 
+@pytest.mark.filterwarnings("ignore:adapter default has a term")
+@pytest.mark.parametrize(("family", "terms"), [("llama", TERMS), ("qwen3_moe", EXPERTS)])
+def test_disabling_a_merged_mask_gives_the_base_and_enabling_it_the_mask(family, terms):
+    model, inputs = model_of(family, **terms), inputs_for(family)
+    dense, expected = FAMILIES[family]()(**inputs).logits, model(**inputs).logits
+    model.merge_adapter()
+    torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
+    with model.disable_adapter():
+        assert torch.equal(model(**inputs).logits, dense)
+    assert torch.equal(model(**inputs).logits, expected)
+
+
 # --- precision ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("relaxation", ["candidates", "elementwise"])
+@pytest.mark.parametrize("relaxation", ["candidates", pytest.param("elementwise", marks=pytest.mark.slow)])
 def test_autocast_does_not_change_a_mask(make_llama, tokens, dtype, training, relaxation):
     model = randomised(masked(make_llama(dtype), relaxation=relaxation, **TERMS)).train(training)
     nms.set_mask_step(model, 3, 10)
@@ -720,3 +732,109 @@ def test_a_plain_module_whose_inputs_m_does_not_divide(terms, tmp_path):
     else:
         merged = model.merge_and_unload()
     torch.testing.assert_close(merged(x), expected)
+
+
+# --- torch.compile ------------------------------------------------------------------------------------------------------
+# Warnings of the compiler about itself: cached functions are traced, and constants.
+quiet = pytest.mark.filterwarnings("ignore:Dynamo detected a call to a")
+
+
+class CountingBackend:
+    """`aot_eager`, counting the graphs it is given: a graph break or a recompilation makes it more than one."""
+
+    def __init__(self) -> None:
+        torch._dynamo.reset()
+        self.graphs = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, example_inputs: list) -> object:
+        self.graphs += 1
+        return torch._dynamo.lookup_backend("aot_eager")(graph, example_inputs)
+
+
+def compiled(model) -> tuple[object, CountingBackend]:
+    backend = CountingBackend()
+    return torch.compile(model, fullgraph=True, backend=backend), backend
+
+
+def tiny(**config) -> tuple[PeftModel, torch.Tensor]:
+    torch.manual_seed(1)
+    model = randomised(masked(TinyMLP(18, 8), target_modules=["first"], **config))
+    return model, torch.randn(5, 18)
+
+
+COMPILED = [
+    pytest.param({}, id="candidates"),
+    pytest.param({"relaxation": "elementwise"}, id="elementwise", marks=pytest.mark.slow),
+    pytest.param(TERMS, id="terms", marks=pytest.mark.slow),
+]
+
+
+@quiet
+@pytest.mark.parametrize("config", COMPILED)
+def test_evaluation_compiles_to_one_graph(config):
+    model, x = tiny(**config)
+    expected = model(x)
+    fast, backend = compiled(model)
+    for _ in range(2):
+        torch.testing.assert_close(fast(x), expected)
+    assert backend.graphs == 1
+
+
+@pytest.mark.slow
+@quiet
+def test_a_published_mask_compiles_after_its_check_and_is_checked_without_fullgraph(tmp_path):
+    donor, x = tiny()
+    expected = donor(x)
+    folder = nms.save_mask(donor, tmp_path)
+    model = nms.load_mask(copy.deepcopy(donor).unload(), folder)
+    fast, _ = compiled(model)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="call the model once before fullgraph=True"):
+        fast(x)
+    backend = CountingBackend()
+    broken = torch.compile(model, backend=backend)  # breaks the graph for the check, and computes
+    torch.testing.assert_close(broken(x), expected)
+    assert all(layer.verified for layer in mask_layers(model).values())
+    fast, backend = compiled(model)
+    torch.testing.assert_close(fast(x), expected)
+    assert backend.graphs == 1
+
+    model = PeftModel.from_pretrained(TinyMLP(18, 8), folder)  # another base
+    with pytest.raises(BaseModelMismatchError):
+        torch.compile(model, backend=CountingBackend())(x)
+
+
+@quiet
+@pytest.mark.parametrize("config", COMPILED)
+def test_training_compiles_to_one_graph_over_all_steps(config):
+    gradients, outputs = [], []
+    for compiling in (False, True):
+        model, x = tiny(**config)
+        model.train()
+        nms.set_mask_step(model, 0, 10)
+        model(x)  # the check of a mask before its first use
+        runner, backend = compiled(model) if compiling else (model, None)
+        for step in range(4):
+            nms.set_mask_step(model, step, 10, draw=step % 2)
+            output = runner(x)
+            output.square().sum().backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+        outputs.append(output.detach())
+    assert backend.graphs == 1
+    torch.testing.assert_close(outputs[1], outputs[0])
+    for plain, fast in zip(*gradients, strict=True):
+        torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+@quiet
+def test_switching_adapters_after_compiling_recompiles_once():
+    model, x = tiny()
+    model.add_adapter("other", NMSparseConfig(target_modules=["first"], pattern="1:4"))
+    randomised(model)
+    expected = {name: alone(model, name, lambda m: m(x)) for name in ("default", "other")}
+    assert not torch.allclose(expected["default"], expected["other"])
+    fast, backend = compiled(model)
+    for name in ("default", "other", "default", "other"):
+        model.set_adapter(name)
+        torch.testing.assert_close(fast(x), expected[name])
+    assert backend.graphs == 2

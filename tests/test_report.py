@@ -127,10 +127,21 @@ def test_complete_results_leave_nothing_unmeasured(page):
 def test_each_missing_field_is_called_not_measured(field):
     empty = getattr(RunResults(), field)
     text = words(render(dataclasses.replace(sample_results(), **{field: empty}), []))
-    without_field = {"seconds_by_stage", "history", "layers"}  # sections of plots only; none are passed here
+    # Sections of plots only, of which none are passed here; and what a mask need not have.
+    without_field = {"seconds_by_stage", "history", "layers", "terms", "fused_experts"}
     baseline = words(render(sample_results(), []))
     more = text.count(facts.MISSING) - baseline.count(facts.MISSING)
     assert more > 0 or field in without_field or field == "planned_steps"
+
+
+def test_terms_and_experts_are_told_where_there_are_any(page):
+    assert "eside the mask" not in words(page) and "Fused experts" not in words(page)
+    terms = {"slorb_block": 16, "slorb_train_projection": 1, "low_rank": 8, "delta_rank": 4}
+    results = dataclasses.replace(sample_results(), terms=terms, fused_experts=["layers.0.mlp.experts.down_proj"])
+    text = words(render(results, []))
+    for said in ("SLoRB (blocks of 16 inputs, projection trained) and a low-rank term (rank 8)", "a change of rank 4",
+                 "layers.0.mlp.experts.down_proj", "The mask and its terms take 0.6684 bit"):  # fmt: skip
+        assert said in text, said
 
 
 def test_empty_results_make_a_page_without_plots_or_claims(tmp_path, monkeypatch):
@@ -150,6 +161,7 @@ def test_everything_from_results_is_escaped():
         base_model=HOSTILE, base_revision=HOSTILE, pattern=HOSTILE, method=HOSTILE, sparse_layers=[HOSTILE],
         dense_layers=[HOSTILE], data=keyed, perplexity={HOSTILE: 3.0, "dense": 2.0}, sizes={HOSTILE: 3}, sample=keyed,
         speed=[{"name": HOSTILE, "device": HOSTILE, "tokens": HOSTILE}], command=HOSTILE, environment=keyed,
+        terms={"low_rank": HOSTILE, "delta_rank": HOSTILE}, fused_experts=[HOSTILE],
         seconds_by_stage={HOSTILE: 1.0}, layers=[{"name": f"a.0.{HOSTILE}.{HOSTILE}", "relative_error": 0.1}],
     )  # fmt: skip
     page = render(results, draw(results))

@@ -181,3 +181,16 @@ def adapter_off(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         module._disable_adapters = before
+
+
+# --- bitsandbytes 0.50: 4-bit layers rearrange their weight on CPUs with AVX512-BF16 ----------------------------------
+# Can go when PEFT's `get_base_weight` reads rearranged weights.
+def keep_quantised_layout(module: nn.Module) -> None:
+    """Have a quantised layer keep its weight as it was stored.
+
+    In its first dense forward pass in eval mode on such a CPU a `Linear4bit` puts its weight into another order and rounds
+    its scales to bfloat16, in place. PEFT would go on reading the old order: a wrong weight without an error.
+    """
+    if getattr(module, "support_avx512bf16_for_cpu", False):
+        module.support_avx512bf16_for_cpu = False
+        module.state_dict()  # puts a weight that was rearranged before back in order

@@ -157,8 +157,18 @@ def pack_codes(codes: torch.Tensor, pattern: NMPattern, in_features: int) -> tor
     return packed[:, : pattern.packed_row_bytes(in_features)].contiguous()
 
 
-def unpack_codes(packed: torch.Tensor, pattern: NMPattern, in_features: int, name: str = "mask") -> torch.Tensor:
+def unpack_codes(
+    packed: torch.Tensor, pattern: NMPattern, in_features: int, name: str = "mask", check: bool = True
+) -> torch.Tensor:
     """Codes int64 `[out, groups]` of packed bytes; refuses every byte string that `pack_codes` cannot have written.
+
+    Args:
+        packed (`torch.Tensor`): uint8 `[out, pattern.packed_row_bytes(in_features)]`.
+        pattern (`NMPattern`): the pattern.
+        in_features (`int`): of the layer.
+        name (`str`): of the layer, for errors.
+        check (`bool`): False for bytes that were unpacked once before: looking at values waits for the device, and
+            torch.compile cannot do it.
 
     Raises:
         FormatError: on a wrong dtype or width, a number out of range, or a code that its tail group may not use.
@@ -181,8 +191,10 @@ def unpack_codes(packed: torch.Tensor, pattern: NMPattern, in_features: int, nam
             digits[j] = value // pattern.num_candidates
             remainder = value - digits[j] * pattern.num_candidates
         codes.append(remainder)
-    leftover = torch.stack(digits).any(0)
     all_codes = torch.stack(codes, dim=-1).flatten(1)
+    if not check:
+        return all_codes[:, :groups]
+    leftover = torch.stack(digits).any(0)
     if bool(leftover.any()) or bool(all_codes[:, groups:].any()):
         bad = leftover.any(1) | all_codes[:, groups:].any(1)
         raise FormatError(

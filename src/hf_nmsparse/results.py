@@ -26,7 +26,8 @@ MISSING = "not measured"
 
 @dataclass
 class RunResults:
-    """Everything that is known about one pruned model or mask. A field that is `None` or empty was not measured.
+    """Everything that is known about one pruned model or mask. A field that is `None` or empty was not measured; only of
+    terms and fused experts there are often none.
 
     Args:
         base_model (`str`, *optional*): Hub id or name of the dense model.
@@ -35,6 +36,9 @@ class RunResults:
         method (`str`, *optional*): criterion or relaxation that gave the mask, for example `"candidates (prior polish)"`.
         sparse_layers (`list[str]`): names of the pruned layers.
         dense_layers (`list[str]`): linear layers left unpruned.
+        terms (`dict[str, int]`): what was trained besides the mask -> its size: "slorb_block" (inputs of a block) and
+            "slorb_train_projection" (1), "low_rank" and "delta_rank" (ranks).
+        fused_experts (`list[str]`): pruned weights that hold the experts of a block.
         data (`dict[str, str]`): role ("calibration", "training", "evaluation") -> what text, with token counts.
         seed (`int`, *optional*): seed of the run.
         perplexity (`dict[str, float]`): row ("dense", "magnitude", ..., "learned") -> held-out token perplexity.
@@ -62,6 +66,8 @@ class RunResults:
     method: str | None = None
     sparse_layers: list[str] = field(default_factory=list)
     dense_layers: list[str] = field(default_factory=list)
+    terms: dict[str, int] = field(default_factory=dict)
+    fused_experts: list[str] = field(default_factory=list)
     data: dict[str, str] = field(default_factory=dict)
     seed: int | None = None
     perplexity: dict[str, float] = field(default_factory=dict)
@@ -94,6 +100,17 @@ class RunResults:
             return NMPattern(self.pattern)
         except PatternError:
             return None
+
+    @property
+    def side_branch(self) -> str | None:
+        """The terms beside the mask in words, `None` without any."""
+        words = []
+        if self.terms.get("slorb_block"):
+            projection = ", projection trained" if self.terms.get("slorb_train_projection") else ""
+            words.append(f"SLoRB (blocks of {self.terms['slorb_block']} inputs{projection})")
+        if self.terms.get("low_rank"):
+            words.append(f"a low-rank term (rank {self.terms['low_rank']})")
+        return " and ".join(words) or None
 
     def write(self, path: str | os.PathLike) -> Path:
         """Write as JSON, whole or not at all."""

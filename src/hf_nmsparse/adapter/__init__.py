@@ -2,7 +2,7 @@
 """The PEFT method: learnable n:m masks on a frozen model."""
 
 from .._compat import check_before_merging, register_peft_method_once
-from .base_weight import BaseWeight, base_weights
+from .base_weight import BaseWeight, base_weights, linear_and_expert_weights
 from .config import NMSparseConfig
 from .layer import NMSparseLayer
 from .linear import NMSparseLinear, ParamWrapper
@@ -25,6 +25,7 @@ __all__ = [
     "NMSparseModel",
     "ParamWrapper",
     "base_weights",
+    "linear_and_expert_weights",
     "mask_layers",
     "register",
     "set_mask_step",

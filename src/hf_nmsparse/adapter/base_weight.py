@@ -13,6 +13,7 @@ from peft.utils.quantization_utils import QuantizationBackend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .._compat import keep_quantised_layout
 from ..errors import UnsupportedError
 from ..fingerprint import fingerprint
 
@@ -66,6 +67,7 @@ class BaseWeight:
     def read(self) -> torch.Tensor:
         """The weight, `[out, in]`: a view where the module stores it that way, else a copy."""
         if self.backend is not None:
+            keep_quantised_layout(self.module)
             return self.backend.get_base_weight(self.module).detach()
         weight = self.stored.mT if self.transposed else self.stored
         return weight.flatten(0, 1) if weight.dim() == 3 else weight
@@ -155,3 +157,12 @@ def base_weights(model: nn.Module) -> dict[str, BaseWeight]:
             if parameter.dim() in (2, 3) and parameter.is_floating_point():
                 found[f"{name}.{parameter_name}"] = BaseWeight(module, parameter_name)
     return found
+
+
+def linear_and_expert_weights(model: nn.Module) -> dict[str, BaseWeight]:
+    """Of `base_weights` those that are usually pruned: of linear layers and fused experts."""
+    return {
+        name: base
+        for name, base in base_weights(model).items()
+        if isinstance(base.module, (nn.Linear, Conv1D)) or base.is_fused_experts
+    }

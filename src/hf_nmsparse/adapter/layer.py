@@ -262,13 +262,15 @@ class NMSparseLayer(BaseTunerLayer):
     def mask_codes(self, adapter_name: str) -> torch.Tensor:
         """The hard mask of an adapter as codes, int64 `[out, groups]`, after `check_usable`."""
         self.check_usable(adapter_name)
-        relaxation = self.relaxations[adapter_name]
         if adapter_name in self.nmsparse_packed:
-            return ops.unpack_codes(
-                self.nmsparse_packed[adapter_name], relaxation.pattern, self.in_features, name=self.module_name
-            )
+            return self._verified_codes(adapter_name)
         with torch.no_grad():
-            return relaxation.codes(self._parameters_of(adapter_name), self.in_features)
+            return self.relaxations[adapter_name].codes(self._parameters_of(adapter_name), self.in_features)
+
+    def _verified_codes(self, adapter_name: str) -> torch.Tensor:
+        """The codes of a published mask after `verify`, which has looked at every value."""
+        packed, pattern = self.nmsparse_packed[adapter_name], self.relaxations[adapter_name].pattern
+        return ops.unpack_codes(packed, pattern, self.in_features, name=self.module_name, check=False)
 
     def hard_mask(self, adapter_name: str) -> torch.Tensor:
         """The hard mask of an adapter, bool `[out, in]`."""
@@ -308,9 +310,11 @@ class NMSparseLayer(BaseTunerLayer):
         return self.nmsparse_logits[adapter_name].weight.requires_grad
 
     def _masked(self, weight: torch.Tensor, adapter_name: str, parameters: dict[str, torch.Tensor]) -> torch.Tensor:
-        if adapter_name not in self.nmsparse_logits:
-            return torch.where(self.hard_mask(adapter_name), weight, weight.new_zeros(()))
         self.verify(adapter_name)
+        if adapter_name in self.nmsparse_packed:
+            pattern = self.relaxations[adapter_name].pattern
+            mask = ops.codes_to_mask(self._verified_codes(adapter_name), pattern, self.in_features)
+            return torch.where(mask, weight, weight.new_zeros(()))
         sampling = self.is_sampling(adapter_name)
         state = self._state(adapter_name, sampling)
         return self.relaxations[adapter_name].effective_weight(weight, parameters, state, hard=not sampling)

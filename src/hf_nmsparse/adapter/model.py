@@ -300,7 +300,9 @@ def set_mask_step(model: nn.Module, step: int, max_steps: int, draw: int = 0, ac
 def _copies_of_a_sample(generation: dict[str, Any]) -> int:
     """How often `generate`, called with these arguments, repeats each sample of the batch; 1 for `forward`."""
     config = generation.get("generation_config")
-    given = [generation.get(name) or getattr(config, name, None) or 1 for name in ("num_beams", "num_return_sequences")]
+    given = [
+        generation.get(name) or getattr(config, name, None) or 1 for name in ("num_beams", "num_return_sequences")
+    ]
     return max(given)
 
 

@@ -45,6 +45,8 @@ def compress(
 ) -> None:
     """Pack a masked 2:4 model, or a base model under a mask: 0.5625 of the bytes of its pruned 16-bit layers.
 
+    Terms beside the mask (SLoRB, low rank) stay beside the packed weights. Fused experts stay dense with zeros.
+
     Example: nmsparse compress HuggingFaceTB/SmolLM2-135M --mask my-mask --output smollm2-packed
     """
     with verb(json_output) as answer:

@@ -25,9 +25,7 @@ from .options import (
     TaskOption,
 )
 
-TextOption = Annotated[
-    str, typer.Option("--text", metavar="TEXT", help=TEXT_HELP)
-]
+TextOption = Annotated[str, typer.Option("--text", metavar="TEXT", help=TEXT_HELP)]
 SplitOption = Annotated[str, typer.Option("--split", help="Split of a dataset.")]
 MaxTokensOption = Annotated[int | None, typer.Option("--max-tokens", min=2, help="Use only the first N tokens.")]
 BatchOption = Annotated[int | None, typer.Option("--batch-size", min=1, help="Windows a forward pass.")]

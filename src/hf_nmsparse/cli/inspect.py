@@ -13,7 +13,7 @@ from ..errors import ConfigError, FormatError
 from .common import facts_table, size, verb
 from .folders import RESULTS_FILE, Kind, checkpoints_in, folder_bytes, kind_of, read_json
 from .models import locate
-from .options import JsonOption
+from .options import JsonOption, RevisionOption, TaskOption
 
 PathArgument = Annotated[
     str, typer.Argument(metavar="PATH", help="Folder or Hub repo of a mask, checkpoint, masked or packed model.")
@@ -23,13 +23,18 @@ _NOISE = ("auto_mapping", "peft_version", "target_modules")
 _DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
-def inspect(path: PathArgument, json_output: JsonOption = False) -> None:
-    """Say what a folder or repo holds: kind, pattern, layers, sizes, base model, bits a weight.
+def inspect(
+    path: PathArgument,
+    revision: RevisionOption = None,
+    task: TaskOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Say what a folder or repo holds: kind, pattern, layers, terms, sizes, base model, bits a weight.
 
     Example: nmsparse inspect my-mask
     """
     with verb(json_output) as answer:
-        folder = locate(path, weights=True)
+        folder = locate(path, True, revision, task)
         kind = kind_of(folder)
         describe = {
             Kind.MASK: _mask,
@@ -40,7 +45,7 @@ def inspect(path: PathArgument, json_output: JsonOption = False) -> None:
         }.get(kind)
         if describe is None:
             raise ConfigError(f"{path} ({kind.value}): inspect takes masks, training checkpoints and models")
-        answer.facts = {"path": path, "kind": kind.value, **describe(folder)}
+        answer.facts = {"path": path, "revision": revision, "task": task, "kind": kind.value, **describe(folder)}
         shown = {
             name.replace("_", " "): size(value) if name.endswith("bytes") else _short(value)
             for name, value in answer.facts.items()
@@ -51,6 +56,7 @@ def inspect(path: PathArgument, json_output: JsonOption = False) -> None:
 
 def _mask(folder: Path) -> dict[str, Any]:
     from ..hub import mask_summary, read_mask
+    from ..hub.card import terms_of
 
     mask = read_mask(folder)
     summary = mask_summary(mask)
@@ -64,6 +70,9 @@ def _mask(folder: Path) -> dict[str, Any]:
         "base": config.get("base_model_name_or_path"),
         "base_revision": config.get("revision"),
         "layers": sorted(mask.layers),
+        "fused_experts": sorted(mask.config.target_parameters or ()),
+        "terms": terms_of(mask.config),
+        "terms_bytes": sum(value.nbytes for stored in mask.layers.values() for value in stored.terms.values()) or None,
         "file_bytes": mask.file_bytes,
         # True widths are the model's to tell. Without them: as many groups as fit into the rows.
         "bits_per_weight": recorded or 8 * mask.file_bytes / (groups * mask.pattern.m),
@@ -74,23 +83,32 @@ def _mask(folder: Path) -> dict[str, Any]:
 
 
 def _checkpoint(folder: Path) -> dict[str, Any]:
+    from ..adapter import TERM_CONTAINERS
+    from ..hub.mask_file import PREFIX, stored_paths
+
     config = read_json(folder / "adapter_config.json") or {}
     state = read_json(folder / "trainer_state.json") or {}
     tensors = _tensors(folder)
-    logits = {name: info for name, info in tensors.items() if ".nmsparse_logits" in name}
+    parts = {name: name.removeprefix(PREFIX).removesuffix(".weight").rpartition(".") for name in tensors}
+    logits = {place: name for name, (place, _, part) in parts.items() if part == "nmsparse_logits"}
+    terms = [name for name, (_, _, part) in parts.items() if part in TERM_CONTAINERS]
+    experts = {place: name for name, place in stored_paths((), config.get("target_parameters") or ()).items()}
     return {
         "pattern": config.get("pattern"),
         "base": config.get("base_model_name_or_path"),
         "base_revision": config.get("revision"),
         "step": state.get("global_step"),
         "planned_steps": state.get("max_steps"),
-        "layers": sorted(name.removeprefix("base_model.model.").split(".nmsparse_logits")[0] for name in logits),
-        "logits_bytes": sum(_bytes(info) for info in logits.values()),
+        "layers": sorted(experts.get(place, place) for place in logits),
+        "logits_bytes": sum(_bytes(tensors[name]) for name in logits.values()),
+        "terms_bytes": sum(_bytes(tensors[name]) for name in terms) or None,
         "config": {key: value for key, value in config.items() if value is not None and key not in _NOISE},
     }
 
 
 def _packed(folder: Path) -> dict[str, Any]:
+    from ..packed.branch import BRANCH_LEAVES
+
     config = read_json(folder / "config.json") or {}
     tensors = _tensors(folder)
     layers = sorted(name.removesuffix(".weight_idx") for name in tensors if name.endswith(".weight_idx"))
@@ -98,6 +116,11 @@ def _packed(folder: Path) -> dict[str, Any]:
         if f"{name}.weight" not in tensors:
             raise FormatError(f"{folder}: {name}.weight is missing though {name}.weight_idx is there; fetch it again")
     packed = sum(_bytes(tensors[f"{name}.{leaf}"]) for name in layers for leaf in ("weight", "weight_idx"))
+    branch = [tensors[key] for name in layers for leaf in BRANCH_LEAVES if (key := f"{name}.{leaf}") in tensors]
+    branch_bytes = sum(map(_bytes, branch))
+    packed += branch_bytes
+    ranks = {tensors[key][1][0] for name in layers if (key := f"{name}.weight_low_rank_a") in tensors}
+    terms = {"slorb_block": config["quantization_config"].get("slorb_block"), "low_rank": max(ranks, default=None)}
     # Values are half of the weights.
     dense = sum(2 * _bytes(tensors[f"{name}.weight"]) for name in layers)
     weights = sum(2 * math.prod(tensors[f"{name}.weight"][1]) for name in layers)
@@ -107,6 +130,8 @@ def _packed(folder: Path) -> dict[str, Any]:
         "architecture": (config.get("architectures") or [None])[0],
         "layers": layers,
         "dense_layers": config["quantization_config"].get("modules_to_not_convert"),
+        "side_branch": {name: value for name, value in terms.items() if value is not None},
+        "side_branch_bytes": branch_bytes or None,
         "file_bytes": folder_bytes(folder),
         "packed_bytes": packed,
         "dense_bytes": dense,

@@ -201,13 +201,6 @@ def continued_results(source: str) -> RunResults:
     return results
 
 
-def prunable_names(model: nn.Module) -> list[str]:
-    """Names of the linear layers and fused experts of a model, whether they carry adapters or not."""
-    from ..training.plan import linear_and_experts
-
-    return list(linear_and_experts(model))
-
-
 def revision_of(model: nn.Module) -> str | None:
     """Commit of the repo that a model was loaded from."""
     return getattr(model.config, "_commit_hash", None)

@@ -52,6 +52,12 @@ MismatchOption = Annotated[
 
 # --- what is pruned, and how ----------------------------------------------------------------------------------------
 PatternOption = Annotated[str, typer.Option("--pattern", metavar="N:M", help="N weights kept of each M.")]
+RecordedPatternOption = Annotated[
+    str | None,
+    typer.Option(
+        "--pattern", metavar="N:M", help="Of a masked model; by default what its results.json names, else 2:4."
+    ),
+]
 DenseLayersOption = Annotated[
     list[str] | None,
     typer.Option("--dense-layers", metavar="NAMES", help="Layers to leave unpruned, comma-separated or repeated."),

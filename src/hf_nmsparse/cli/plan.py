@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING
 
 from .common import Answer, facts_table, size, table, verb
 from .models import empty_model
-from .options import DenseLayersOption, JsonOption, ModelArgument, PatternOption, RelaxationOption, listed
+from .options import (
+    DeltaOption,
+    DenseLayersOption,
+    JsonOption,
+    LowRankOption,
+    ModelArgument,
+    PatternOption,
+    ProjectionOption,
+    RelaxationOption,
+    SlorbOption,
+    listed,
+)
 
 if TYPE_CHECKING:
     from ..training import Plan
@@ -17,20 +28,32 @@ def plan(
     model: ModelArgument,
     pattern: PatternOption = "2:4",
     relaxation: RelaxationOption = "candidates",
+    slorb_block: SlorbOption = None,
+    slorb_train_projection: ProjectionOption = False,
+    low_rank: LowRankOption = None,
+    delta_rank: DeltaOption = None,
     dense_layers: DenseLayersOption = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Say what a mask would prune, and the bytes of its logits, gradients, optimizer state and results.
+    """Say what a mask would prune, and the bytes of its logits, terms, gradients, optimizer state and results.
 
     Reads the model's config only: no weights are fetched.
 
-    Example: nmsparse plan HuggingFaceTB/SmolLM2-135M --pattern 2:4
+    Example: nmsparse plan HuggingFaceTB/SmolLM2-135M --pattern 2:4 --low-rank 8
     """
     with verb(json_output) as answer:
         from .. import NMSparseConfig
         from ..training import plan as make_plan
 
-        config = NMSparseConfig(pattern=pattern, relaxation=relaxation, dense_layers=listed(dense_layers) or None)
+        config = NMSparseConfig(
+            pattern=pattern,
+            relaxation=relaxation,
+            slorb_block=slorb_block,
+            slorb_train_projection=slorb_train_projection,
+            low_rank=low_rank,
+            delta_rank=delta_rank,
+            dense_layers=listed(dense_layers) or None,
+        )
         planned = make_plan(empty_model(model), config)
         answer.facts = {"model": model, **planned.to_dict()}
         show_plan(answer, model, planned)
@@ -48,6 +71,7 @@ def show_plan(answer: Answer, model: str, planned: Plan) -> None:
             len(layers),
             f"{rows} x {columns}",
             size(4 * sum(layer.parameters for layer in layers)),
+            size(4 * sum(layer.term_parameters for layer in layers)) if planned.term_bytes else None,
             size(sum(layer.mask_bytes for layer in layers)),
             reason or size(sum(layer.packed_bytes for layer in layers)),
         )
@@ -56,13 +80,13 @@ def show_plan(answer: Answer, model: str, planned: Plan) -> None:
     answer.show(
         table(
             f"{model}: {len(planned.layers)} layers to prune {planned.pattern}",
-            ("layer", "count", "out x in", "logits", "mask", "packed"),
-            rows,
+            ("layer", "count", "out x in", "logits", *(["terms"] if planned.term_bytes else []), "mask", "packed"),
+            ([cell for cell in row if cell is not None] for row in rows),
         )
     )
     if planned.skipped:
         answer.show(
-            table("linear layers left dense", ("layer", "why"), _grouped(planned.skipped)),
+            table("layers left dense", ("layer", "why"), _grouped(planned.skipped)),
         )
     answer.show(
         facts_table(
@@ -70,6 +94,7 @@ def show_plan(answer: Answer, model: str, planned: Plan) -> None:
             {
                 "model as it is": size(planned.model_bytes),
                 "logits, float32": size(planned.logits_bytes),
+                **({"terms, float32": size(planned.term_bytes)} if planned.term_bytes else {}),
                 "gradients": size(planned.gradient_bytes),
                 "AdamW state": size(planned.optimizer_bytes),
                 "training, without activations": size(planned.training_bytes),

@@ -12,7 +12,7 @@ import typer
 from ..errors import ConfigError
 from .common import Answer, new_results, size, table, verb
 from .folders import Kind, check_output, written_line
-from .models import empty_model, load_model, load_tokenizer, prunable_names, revision_of, stream, window_length
+from .models import empty_model, load_model, load_tokenizer, revision_of, stream, window_length
 from .options import (
     TEXT_HELP,
     DenseLayersOption,
@@ -99,8 +99,8 @@ def prune(
 
 def check_pattern(pattern: str, packed: bool) -> None:
     """Refuse a malformed pattern, or to pack one whose masks can keep more than 2 of 4, before anything is loaded."""
-    from ..pattern import NMPattern
     from ..packed.stored_mask import inside_24
+    from ..pattern import NMPattern
 
     if packed and not inside_24(NMPattern(pattern)):
         raise ConfigError(
@@ -125,7 +125,9 @@ def described(source: str, tokens: torch.Tensor) -> str:
 
 
 def _results(name: str, model: nn.Module, report: PruneReport, data: dict[str, str], seed: int | None) -> RunResults:
-    pruned = [layer.name for layer in report.layers]
+    from ..adapter import linear_and_expert_weights
+
+    pruned, prunable = [layer.name for layer in report.layers], linear_and_expert_weights(model)
     # Each of a module's fused experts is a layer of the report: its weight's name with a number.
     sparse = {name for layer in pruned for name in (layer, layer.rpartition(".")[0])}
     return new_results(
@@ -134,7 +136,8 @@ def _results(name: str, model: nn.Module, report: PruneReport, data: dict[str, s
         pattern=report.pattern,
         method=report.criterion,
         sparse_layers=pruned,
-        dense_layers=[name for name in prunable_names(model) if name not in sparse],
+        fused_experts=sorted(name for name, base in prunable.items() if base.is_fused_experts and name in sparse),
+        dense_layers=[name for name in prunable if name not in sparse],
         data=data,
         seed=seed,
         seconds=report.seconds,

@@ -13,8 +13,8 @@ from ..errors import ConfigError, FormatError
 from .common import verb
 from .folders import Kind, check_output, folder_bytes, kind_of, output_folder, written_line
 from .models import quiet_unless_watched
-from .options import JsonOption, OutputOption, OverwriteOption, RevisionOption, TaskOption
-from .push import RecordedPatternOption, check_kind
+from .options import JsonOption, OutputOption, OverwriteOption, RecordedPatternOption, RevisionOption, TaskOption
+from .push import check_kind
 
 RepoArgument = Annotated[str, typer.Argument(metavar="REPO_ID", help="Hub id of a mask, packed or masked model.")]
 

@@ -12,7 +12,7 @@ from ..errors import ConfigError
 from .common import size, table, verb
 from .folders import Kind, kind_of
 from .models import quiet_unless_watched
-from .options import DryRunOption, JsonOption, TaskOption
+from .options import DryRunOption, JsonOption, RecordedPatternOption, TaskOption
 
 FolderArgument = Annotated[
     Path, typer.Argument(metavar="FOLDER", help="Local folder of a mask, packed model or masked model.")
@@ -24,12 +24,6 @@ BranchOption = Annotated[
 PrivateOption = Annotated[bool, typer.Option("--private", help="Create the repo as a private one.")]
 PullRequestOption = Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")]
 MessageOption = Annotated[str | None, typer.Option("--message", metavar="TEXT", help="Title of the commit.")]
-RecordedPatternOption = Annotated[
-    str | None,
-    typer.Option(
-        "--pattern", metavar="N:M", help="Of a masked model; by default what its results.json names, else 2:4."
-    ),
-]
 
 
 def push(

@@ -12,27 +12,25 @@ import typer
 
 from ..errors import ConfigError, FormatError
 from .common import STOPPED, command_line, tell, verb
-from .folders import (
-    CHECKPOINTS,
-    Kind,
-    check_output,
-    checkpoints_in,
-    read_json,
-    remove_checkpoints,
-)
+from .folders import CHECKPOINTS, Kind, check_output, checkpoints_in, read_json, remove_checkpoints
 from .models import empty_model
 from .options import (
+    TEXT_HELP,
+    DeltaOption,
     DenseLayersOption,
     DryRunOption,
     Dtype,
     DtypeOption,
     JsonOption,
     LengthOption,
+    LowRankOption,
     ModelArgument,
     OutputOption,
     OverwriteOption,
     PatternOption,
+    ProjectionOption,
     RelaxationOption,
+    SlorbOption,
     listed,
 )
 from .plan import show_plan
@@ -49,17 +47,21 @@ TRAIN_CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
 # Masks want a larger step than weights do (MaskLLM, arXiv 2409.17481, uses 5e-4 to 1e-3); runs want their logs.
 _DEFAULTS = {"learning_rate": 1e-3, "logging_steps": 10, "save_steps": 100, "save_total_limit": 2}
 # Fields that a resumed run must share with its checkpoint; the others may follow a new machine or taste.
-_FIXED_FIELDS = ("pattern", "relaxation", "prior_strength", "temperature", "logit_scale", "seed", "dense_layers")
+_FIXED_FIELDS = (
+    *("pattern", "relaxation", "prior_strength", "temperature", "logit_scale", "seed", "dense_layers"),
+    *("slorb_block", "slorb_init", "slorb_train_projection", "low_rank", "delta_rank"),
+)
 
-DataOption = Annotated[
-    str, typer.Option("--data", metavar="TEXT", help="Text file, folder, .jsonl, or dataset as owner/name:config.")
-]
+DataOption = Annotated[str, typer.Option("--data", metavar="TEXT", help=TEXT_HELP)]
 EvalDataOption = Annotated[
     str | None, typer.Option("--eval-data", metavar="TEXT", help="Held-out text; of a dataset, the test split.")
 ]
 EvalTokensOption = Annotated[int, typer.Option("--eval-tokens", min=2, help="Use only so many tokens of it.")]
 CalibrationOption = Annotated[
-    str | None, typer.Option("--calibration", metavar="TEXT", help="Text for the prior; by default the training text.")
+    str | None,
+    typer.Option(
+        "--calibration", metavar="TEXT", help="Text for the prior and the side branch; by default the training text."
+    ),
 ]
 PriorOption = Annotated[
     str,
@@ -73,6 +75,15 @@ TemperatureOption = Annotated[
 ]
 ScaleOption = Annotated[
     tuple[float, float], typer.Option("--logit-scale", metavar="START END", help="Factor on the logits.")
+]
+SlorbInitOption = Annotated[
+    str | None,
+    typer.Option(
+        "--slorb-init",
+        metavar="HOW",
+        help="How SLoRB starts: mean or sum of the weights that a block loses, or closed_form, fitted to the calibration "
+        "text. By default mean; with --low-rank closed_form.",
+    ),
 ]
 DistillOption = Annotated[
     bool,
@@ -107,6 +118,11 @@ def train(
     prior_strength: StrengthOption = 3.0,
     temperature: TemperatureOption = (4.0, 0.05),
     logit_scale: ScaleOption = (100.0, 500.0),
+    slorb_block: SlorbOption = None,
+    slorb_init: SlorbInitOption = None,
+    slorb_train_projection: ProjectionOption = False,
+    low_rank: LowRankOption = None,
+    delta_rank: DeltaOption = None,
     distill: DistillOption = False,
     distill_weight: DistillWeightOption = None,
     distill_temperature: DistillTemperatureOption = None,
@@ -126,6 +142,9 @@ def train(
     --learning_rate 1e-3 --per_device_train_batch_size 2 --bf16 true ... Defaults that differ: learning_rate 1e-3,
     logging_steps 10, save_steps 100, save_total_limit 2. Ctrl-C stops after the current step with a checkpoint.
 
+    Terms can be trained with the mask: SLoRB or a low-rank term beside it, which compress keeps beside the packed weights,
+    or a change of the kept weights. A low-rank term, and SLoRB in closed form, are fitted right after the prior.
+
     Example: nmsparse train HuggingFaceTB/SmolLM2-135M --data train.txt --output my-mask --prior polish --max_steps 300
     """
     with verb(json_output) as answer:
@@ -141,6 +160,11 @@ def train(
             prior_strength=prior_strength,
             temperature=temperature,
             logit_scale=logit_scale,
+            slorb_block=slorb_block,
+            slorb_init=slorb_start(slorb_block, slorb_init, low_rank),
+            slorb_train_projection=slorb_train_projection,
+            low_rank=low_rank,
+            delta_rank=delta_rank,
             dense_layers=listed(dense_layers) or None,
             seed=arguments.seed,
         )
@@ -227,6 +251,23 @@ def distillation(wanted: bool, weight: float | None, temperature: float | None) 
             raise ConfigError(f"--distill-weight must be above 0 and at most 1, got {weight}")
         values |= {"loss_weight": 1 - weight, "distillation_weight": weight}
     return Distillation(**values)
+
+
+def slorb_start(block: int | None, init: str | None, low_rank: int | None) -> str:
+    """How SLoRB starts, by the options. A low-rank term is fitted to what SLoRB leaves, so SLoRB is fitted first.
+
+    Raises:
+        ConfigError: on a value that would be without effect.
+    """
+    if block is None:
+        if init is not None:
+            raise ConfigError("--slorb-init needs --slorb-block, the number of inputs in a block")
+        return "mean"
+    if low_rank is None:
+        return init or "mean"
+    if init in ("mean", "sum"):
+        raise ConfigError(f"--low-rank fits SLoRB too, so --slorb-init {init} would be without effect; leave it out")
+    return init or "closed_form"
 
 
 def check_prior(prior: str) -> None:

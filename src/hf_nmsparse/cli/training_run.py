@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import Answer, new_results, table
+from .common import Answer, new_results, table, tell
 from .folders import RESULTS_FILE, output_folder, written_line
 from .models import fetching, load_model, load_tokenizer, revision_of, stream, window_length
 from .options import Dtype
 from .prune import described
+from .writing import note_mask
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from .. import NMSparseConfig
     from ..results import RunResults
-    from ..training import Distillation, NMSparseTrainer
+    from ..training import BranchFit, Distillation, NMSparseTrainer
 
 _CALIBRATION_SAMPLES = 128
 _WATCHED_WINDOWS = 4  # of the evaluation text, for nm/hard_eval_loss at each log line
@@ -53,8 +54,10 @@ class TrainingRun:
     length: int = 0
     train_windows: torch.Tensor | None = None
     eval_windows: torch.Tensor | None = None
+    calibration_windows: torch.Tensor | None = None
     texts: dict[str, str] = field(default_factory=dict)
     perplexity: dict[str, float] = field(default_factory=dict)
+    fits: list[BranchFit] = field(default_factory=list)
 
     def read(self, model: nn.Module) -> None:
         """Read and cut the texts for a model, which may be empty."""
@@ -80,12 +83,13 @@ class TrainingRun:
         masked = get_peft_model(model, config)
         if not resuming:
             self._set_prior(masked, config.seed)
+            if config.low_rank is not None or (config.slorb_block is not None and config.slorb_init == "closed_form"):
+                self._fit_branch(masked, config.seed)
             self.measure(f"prior ({self.prior})", masked)
         return masked
 
     def _set_prior(self, model: PeftModel, seed: int) -> None:
         from ..criteria import get_criterion, known_criteria
-        from ..data import windows
         from ..training import set_prior
 
         if self.prior == "magnitude":  # get_peft_model has done that
@@ -96,10 +100,40 @@ class TrainingRun:
             return
         tokens = None
         if get_criterion(self.prior).needs != "nothing":
-            stream_of_tokens = stream(self.calibration, self.tokenizer)
-            tokens = windows(stream_of_tokens, self.length, _CALIBRATION_SAMPLES, seed)
-            self.texts["calibration"] = described(self.calibration, tokens)
+            tokens = self._calibration_windows(seed)
         set_prior(model, self.prior, calibration=tokens)
+
+    def _fit_branch(self, model: PeftModel, seed: int) -> None:
+        from ..training import fit_side_branch
+
+        self.fits = fit_side_branch(model, self._calibration_windows(seed))
+        tell(self._fitted())
+
+    def _calibration_windows(self, seed: int) -> torch.Tensor:
+        from ..data import windows
+
+        if self.calibration_windows is None:
+            tokens = stream(self.calibration, self.tokenizer)
+            self.calibration_windows = windows(tokens, self.length, _CALIBRATION_SAMPLES, seed)
+            self.texts["calibration"] = described(self.calibration, self.calibration_windows)
+        return self.calibration_windows
+
+    def _fit_errors(self) -> dict[str, float] | None:
+        """Mean output error of the layers under the prior, without and with the side branch, if one was fitted."""
+        if not self.fits:
+            return None
+        sums = {
+            "without": sum(fit.error_without for fit in self.fits),
+            "fitted": sum(fit.error_with for fit in self.fits),
+        }
+        return {name: total / len(self.fits) for name, total in sums.items()}
+
+    def _fitted(self) -> str:
+        errors = self._fit_errors()
+        return (
+            f"side branch fitted after the prior: output error {errors['without']:.4f} -> {errors['fitted']:.4f} (mean of "
+            f"{len(self.fits)} layers)"
+        )
 
     def trainer(self, model: PeftModel, arguments: TrainingArguments) -> NMSparseTrainer:
         """The Trainer of this run."""
@@ -144,12 +178,16 @@ class TrainingRun:
             "output": str(output),
             "steps": results.steps,
             "perplexity": self.perplexity,
+            "terms": results.terms,
+            "side_branch_error": self._fit_errors(),
             "mask_bytes": size,
             "bits_per_weight": results.mask_bits_per_weight,
             "last_log": next((entry for entry in reversed(results.history) if "loss" in entry), {}),
         }
         if self.perplexity:
             answer.show(table("perplexity", ("", ""), ((row, f"{v:.3f}") for row, v in self.perplexity.items())))
+        if self.fits:
+            answer.show(self._fitted())
         answer.show(f"{results.steps} steps, {results.mask_bits_per_weight:.3f} bit a weight", written_line(output))
 
     def _taught(self) -> str:
@@ -160,23 +198,32 @@ class TrainingRun:
         return f", distilled: {term:.3g} KL + {loss:.3g} loss, temperature {self.distillation.temperature:g}"
 
     def _results(self, trainer: NMSparseTrainer) -> RunResults:
-        from ..adapter import mask_layers
+        from ..adapter import linear_and_expert_weights
 
         config = trainer.model.peft_config["default"]
         results = new_results(
             base_model=self.name,
             base_revision=config.revision,
-            pattern=config.pattern,
             method=f"{config.relaxation} (prior {self.prior}{self._taught()})",
-            sparse_layers=sorted(mask_layers(trainer.model)),
-            dense_layers=_dense_layers(trainer.model),
             data=self.texts,
             seed=config.seed,
             perplexity=self.perplexity,
             steps=trainer.state.global_step,
             planned_steps=trainer.state.max_steps,
             history=trainer.state.log_history,
+            # Named so that a report draws both.
+            layers=[
+                {
+                    "name": fit.name,
+                    "relative_error_mask": fit.error_without,
+                    "relative_error_mask_and_branch": fit.error_with,
+                }
+                for fit in self.fits
+            ],
         )
+        note_mask(results, trainer.model)
+        known = linear_and_expert_weights(trainer.model.get_base_model())
+        results.dense_layers = [name for name in known if name not in results.sparse_layers]
         if self.eval_windows is not None:
             count, length = self.eval_windows.shape
             results.perplexity_tokens, results.perplexity_sequence_length = count * (length - 1), length
@@ -187,10 +234,3 @@ def _masked_weights(model: nn.Module) -> int:
     from ..adapter import mask_layers
 
     return sum(layer.in_features * layer.out_features for layer in mask_layers(model).values())
-
-
-def _dense_layers(model: PeftModel) -> list[str]:
-    from torch import nn
-
-    linears = (name for name, module in model.get_base_model().named_modules() if isinstance(module, nn.Linear))
-    return [name for name in linears if not name.endswith(".base_layer")]

@@ -12,7 +12,7 @@ from ..errors import ConfigError
 from .common import FAILED, facts_table, table, verb
 from .folders import Kind, kind_of
 from .models import load_model, locate
-from .options import JsonOption, PatternOption
+from .options import JsonOption, RecordedPatternOption, RevisionOption, TaskOption
 
 PathArgument = Annotated[str, typer.Argument(metavar="PATH", help="Folder or Hub repo of a mask or model.")]
 BaseOption = Annotated[
@@ -48,6 +48,8 @@ def verify(
         broken = {name: counts.over for name, counts in report.layers.items() if counts.over}
         answer.facts = {
             "path": path,
+            "revision": revision,
+            "task": task,
             "kind": report.kind,
             "pattern": report.pattern,
             "layers": len(report.layers),

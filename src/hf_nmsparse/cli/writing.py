@@ -39,3 +39,15 @@ def write_model(
             write_card(staging, results, "packed")
         results.write(staging / RESULTS_FILE)
     return {"output": str(output), "kind": kind_of(output).value, "bytes": folder_bytes(output)}
+
+
+def note_mask(results: RunResults, model: nn.Module) -> None:
+    """Record what the mask layers of a model say of themselves: pattern, names, terms."""
+    from ..adapter import mask_layers
+    from ..hub.card import terms_of
+
+    layers = mask_layers(model)
+    config = next(layer.configs[layer.active_adapters[0]] for layer in layers.values())
+    results.pattern, results.sparse_layers, results.terms = config.pattern, sorted(layers), terms_of(config)
+    results.fused_experts = sorted(name for name, layer in layers.items() if layer.base_weight.is_fused_experts)
+    results.method = results.method or config.relaxation

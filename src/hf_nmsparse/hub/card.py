@@ -15,7 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
@@ -25,6 +25,9 @@ from ..errors import ConfigError
 from ..files import write_file
 from ..pattern import NMPattern
 from ..results import MISSING, RunResults, is_finite
+
+if TYPE_CHECKING:
+    from ..adapter import NMSparseConfig
 
 Kind = Literal["mask", "packed"]
 
@@ -76,6 +79,12 @@ def write_card(
 ) -> Path:
     """Write `card_text` as `README.md` into `folder`, whole or not at all, over one that may be there."""
     return write_file(Path(folder) / "README.md", card_text(results, kind, license, language, repo_id))
+
+
+def terms_of(config: NMSparseConfig) -> dict[str, int]:
+    """What a mask adapter trains besides its mask, as `RunResults.terms` has it."""
+    names = ("slorb_block", "slorb_train_projection", "low_rank", "delta_rank")
+    return {name: int(value) for name in names if (value := getattr(config, name))}
 
 
 # --- metadata -------------------------------------------------------------------------------------------------------
@@ -159,6 +168,7 @@ def _body(results: RunResults, kind: Kind, repo_id: str | None) -> dict[str, Any
         "method": _prose(results.method),
         "sparse": _layers(results.sparse_layers),
         "dense": _layers(results.dense_layers),
+        "besides": _besides(results, kind),
         "data": [
             (_prose(role), _prose(text))
             for role, text in ({"calibration": None, "training": None, "evaluation": None} | results.data).items()
@@ -178,7 +188,11 @@ def _body(results: RunResults, kind: Kind, repo_id: str | None) -> dict[str, Any
         "tokens": _number(results.perplexity_tokens),
         "window": _number(results.perplexity_sequence_length),
         "bounds": [
-            ("mask, bits per pruned weight", _number(results.mask_bits_per_weight), _number(results.mask_bits_bound)),
+            (
+                f"{'mask and terms' if results.terms else 'mask'}, bits per pruned weight",
+                _number(results.mask_bits_per_weight),
+                _number(results.mask_bits_bound),
+            ),
             ("packed bytes over dense bfloat16 bytes, pruned layers", _number(results.packed_ratio), ""),
         ],
         "sizes": [(_prose(name), _size(value), _number(value)) for name, value in results.sizes.items()],
@@ -209,6 +223,34 @@ def _summary(results: RunResults, kind: Kind, pattern: NMPattern | None) -> str:
         f"This is {base} with N:M sparse linear layers: of each pruned layer {rule} are kept. Only the kept values and "
         "their positions are stored, and plain `from_pretrained` loads them once `hf_nmsparse` is imported."
     )
+
+
+def _besides(results: RunResults, kind: Kind) -> list[str]:
+    """What else than a mask on linear layers the repository holds; one line each."""
+    lines, branch, delta = [], _prose(results.side_branch), _prose(results.terms.get("delta_rank"))
+    if results.side_branch:
+        lines.append(
+            f"Beside the mask: {branch}, part of what the model computes. Merging it with the mask gives dense weights; "
+            "`nms.compress` keeps it beside the packed ones."
+            if kind == "mask"
+            else f"Beside the packed weights: {branch}, part of what the model computes. `nms.decompress` adds it to the "
+            "weights, which are dense then."
+        )
+    if results.terms.get("delta_rank"):
+        pattern = "" if results.side_branch else "Merging it keeps the pattern. "
+        lines.append(
+            f"Under the mask: a trained change of the kept weights (rank {delta}). {pattern}Once it is merged, the kept "
+            "weights are no longer those of the base."
+            if kind == "mask"
+            else f"The kept weights are not those of the base: a trained change (rank {delta}) is merged into them."
+        )
+    if results.fused_experts:
+        lines.append(
+            f"Fused experts under the mask: {_layers(results.fused_experts)}. They cannot be packed, and stay dense with zeros."
+            if kind == "mask"
+            else f"Fused experts: {_layers(results.fused_experts)}. They follow the pattern too, but are stored dense with zeros."
+        )
+    return lines
 
 
 def _load(results: RunResults, kind: Kind, repo_id: str | None) -> str:

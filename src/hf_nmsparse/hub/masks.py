@@ -30,7 +30,7 @@ from ..errors import BaseModelMismatchError, ConfigError, FormatError
 from ..files import staged_folder
 from ..fingerprint import digest, rounding_hint, to_hex
 from ..results import RunResults
-from .card import card_text
+from .card import card_text, terms_of
 from .mask_file import PREFIX, PublishedMask, read_mask, stored_paths
 
 logger = logging.getLogger(__name__)
@@ -79,6 +79,8 @@ def save_mask(
     config.auto_mapping = {"base_model_class": base_class.__name__, "parent_library": base_class.__module__}
     results = copy.deepcopy(results) if results is not None else RunResults()
     results.pattern, results.sparse_layers = config.pattern, sorted(layers)
+    results.terms = terms_of(stored)
+    results.fused_experts = sorted(name for name in parameters if layers[name].base_weight.is_fused_experts)
     results.base_model = results.base_model or config.base_model_name_or_path
     results.base_revision = results.base_revision or config.revision
     with staged_folder(folder) as staging:

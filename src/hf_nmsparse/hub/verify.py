@@ -6,16 +6,19 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from .. import ops
-from ..adapter import mask_layers
+from ..adapter import linear_and_expert_weights, mask_layers
 from ..errors import ConfigError, FormatError
 from ..packed import SparseLinear24
 from ..packed.checkpoint import check_packed_files, check_slorb_block
@@ -107,13 +110,15 @@ def verify(
     if not files:
         raise FormatError(f"{folder} holds no safetensors file; only safetensors is read")
     try:
-        quantization = json.loads(config.read_text(encoding="utf-8")).get("quantization_config") or {}
+        content = json.loads(config.read_text(encoding="utf-8"))
+        quantization = content.get("quantization_config") or {}
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, AttributeError) as error:
         raise FormatError(f"{config} is no model config ({error}); fetch it again") from error
     if quantization.get("quant_method") == "nmsparse":
         return _verify_packed(files, quantization.get("slorb_block"))
     pattern = NMPattern(pattern or _recorded_pattern(folder) or "2:4")
-    return _counted(VerifyReport("masked model", str(pattern)), _weights(files), pattern)
+    weights = _weights(files, _stored_transposed(config, content))
+    return _counted(VerifyReport("masked model", str(pattern)), weights, pattern)
 
 
 def _recorded_pattern(folder: Path) -> NMPattern | None:
@@ -165,10 +170,8 @@ def _verify_model(model: nn.Module, pattern: NMPattern) -> VerifyReport:
     if packed:
         weights = ((name, module.sparse_weight()) for name, module in packed)
         return _counted(VerifyReport("packed model", "2:4"), weights, NMPattern(2, 4))
-    linears = (
-        (name, module.weight.detach()) for name, module in model.named_modules() if isinstance(module, nn.Linear)
-    )
-    return _counted(VerifyReport("masked model", str(pattern)), linears, pattern)
+    weights = ((name, base.read().detach()) for name, base in linear_and_expert_weights(model).items())
+    return _counted(VerifyReport("masked model", str(pattern)), weights, pattern)
 
 
 def _counted(report: VerifyReport, weights: Iterator[tuple[str, torch.Tensor]], pattern: NMPattern) -> VerifyReport:
@@ -181,13 +184,39 @@ def _counted(report: VerifyReport, weights: Iterator[tuple[str, torch.Tensor]], 
     return report
 
 
-def _weights(files: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Two-dimensional float weights of safetensors files by module name, one at a time."""
+def _weights(files: list[str], transposed: Collection[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
+    """Two-dimensional float weights of safetensors files by module name, `[out, in]`, one at a time.
+
+    Args:
+        files (`list[str]`): the files.
+        transposed (`Collection[str]`): ends of the names of modules that store `[in, out]`.
+    """
     for path in files:
         try:
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118  (a safe_open handle is no mapping)
                     if key.endswith(".weight") and len(file.get_slice(key).get_shape()) == 2:
-                        yield key.removesuffix(".weight"), file.get_tensor(key)
+                        name, weight = key.removesuffix(".weight"), file.get_tensor(key)
+                        yield name, weight.t() if name.endswith(tuple(transposed)) else weight
         except SafetensorError as error:
             raise FormatError(f"{path} is damaged or cut short ({error}); fetch it again") from error
+
+
+def _stored_transposed(path: Path, config: dict) -> set[str]:
+    """Ends of the names of `Conv1D` layers in the architecture that a config names, if Transformers has it.
+
+    Raises:
+        FormatError: if no model can be made from the config.
+    """
+    for name in config.get("architectures") or ():
+        model_class = getattr(transformers, str(name), None)
+        if not isinstance(model_class, type) or not issubclass(model_class, PreTrainedModel):
+            continue
+        try:
+            with torch.device("meta"):
+                model = model_class(model_class.config_class.from_dict(config))
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise FormatError(f"{path}: no {name} can be made from it ({error}); fetch it again") from error
+        names = [module_name for module_name, module in model.named_modules() if type(module) is Conv1D]
+        return {f".{module_name.rpartition('.')[2]}" for module_name in names}
+    return set()

@@ -73,10 +73,13 @@ def _summary(results: RunResults, rows: Sequence[Row], gap_closed: Gap | None) -
     if results.sparse_layers:
         dense = f", {_layers(results.dense_layers)} dense" if results.dense_layers else ""
         sentences.append(f"{_layers(results.sparse_layers)} sparse{dense}.")
+    if results.side_branch:
+        sentences.append(f"Beside the mask the model computes {results.side_branch}.")
     sentences += _perplexity_sentences(rows, gap_closed)
     if is_finite(results.mask_bits_per_weight):
         bound = f" (bound: {number(results.mask_bits_bound)})" if is_finite(results.mask_bits_bound) else ""
-        sentences.append(f"The mask takes {number(results.mask_bits_per_weight)} bit for each pruned weight{bound}.")
+        takes = "The mask and its terms take" if results.terms else "The mask takes"
+        sentences.append(f"{takes} {number(results.mask_bits_per_weight)} bit for each pruned weight{bound}.")
     if is_finite(results.packed_ratio):
         sentences.append(
             f"Packed, the pruned layers take {_percent(results.packed_ratio)} of their dense bfloat16 bytes."
@@ -160,11 +163,23 @@ def _settings(results: RunResults) -> list[tuple[str, str]]:
         ("Pattern", results.pattern or MISSING),
         ("Method", results.method or MISSING),
         ("Sparse layers", number(len(results.sparse_layers) or None)),
+        *_besides(results),
         ("Dense layers", ", ".join(map(str, results.dense_layers)) or MISSING),
         *((f"Data, {role}", text or MISSING) for role, text in roles.items()),
         ("Seed", MISSING if results.seed is None else str(results.seed)),
         ("Optimizer steps", _steps(results)),
     ]
+
+
+def _besides(results: RunResults) -> list[tuple[str, str]]:
+    """What else than a mask on linear layers there is."""
+    delta = results.terms.get("delta_rank")
+    known = {
+        "Beside the mask": results.side_branch,
+        "Kept weights": f"trained, a change of rank {delta}" if delta else None,
+        "Fused experts": ", ".join(map(str, results.fused_experts)),
+    }
+    return [(name, words) for name, words in known.items() if words]
 
 
 def _steps(results: RunResults) -> str:

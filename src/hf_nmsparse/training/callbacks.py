@@ -40,6 +40,17 @@ class MaskScheduleCallback(TrainerCallback):
     def __init__(self) -> None:
         self._micro_step = 0
 
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs
+    ) -> None:
+        # trl casts what trains over a quantised base to bfloat16. The optimizer does not exist yet, so this is in time.
+        low = [p for name, p in model.named_parameters() if ".nmsparse_" in name and p.requires_grad]
+        low = [parameter for parameter in low if parameter.dtype.itemsize < 4]
+        for parameter in low:
+            parameter.data = parameter.data.float()
+        if low:
+            logger.warning("%d tensors of masks were in less than float32, and are trained in float32 again", len(low))
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs
     ) -> None:

@@ -14,7 +14,6 @@ import torch
 from peft import get_peft_model
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from ..adapter import (
     BaseWeight,
@@ -23,6 +22,7 @@ from ..adapter import (
     NMSparseModel,
     ParamWrapper,
     base_weights,
+    linear_and_expert_weights,
     mask_layers,
     term_shapes,
 )
@@ -182,7 +182,7 @@ def plan(model: nn.Module, config: NMSparseConfig) -> Plan:
         raise UnsupportedError("the model carries mask adapters already; plan on its base model")
     weights = base_weights(model)
     skeleton = _without_values(model, weights)
-    prunable = linear_and_experts(skeleton)
+    prunable = linear_and_expert_weights(skeleton)
     head = skeleton.get_output_embeddings() if hasattr(skeleton, "get_output_embeddings") else None
     model_parameters = sum(parameter.numel() for parameter in skeleton.parameters())
     unpackable = unpackable_layers(skeleton)
@@ -210,15 +210,6 @@ def plan(model: nn.Module, config: NMSparseConfig) -> Plan:
             if name not in masked
         },
     )
-
-
-def linear_and_experts(model: nn.Module) -> dict[str, BaseWeight]:
-    """The weights of a model that are usually pruned, or left dense for a reason: of linear layers and fused experts."""
-    return {
-        name: base
-        for name, base in base_weights(model).items()
-        if isinstance(base.module, (nn.Linear, Conv1D)) or base.is_fused_experts
-    }
 
 
 def _without_values(model: nn.Module, weights: Mapping[str, BaseWeight]) -> nn.Module:
