@@ -72,9 +72,8 @@ def tiny_setting() -> Setting:
         torch.from_numpy(np.load(folder / f"{split}_tokens.npy").astype(np.int64)) for split in ("train", "test")
     )
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    return Setting(
-        "tests/tiny_llama, float32", base, train, test, 4, 256, 256, {"temperature": (2.0, 0.05)}, 1.5e-3, 0.2
-    )
+    recipe = {"temperature": (2.0, 0.05)}
+    return Setting("tests/tiny_llama, float32", base, train, test, 4, 256, 256, recipe, 1.5e-3, 0.2, 4)
 
 
 def main() -> None:

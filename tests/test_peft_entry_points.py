@@ -769,6 +769,7 @@ COMPILED = [
 ]
 
 
+@pytest.mark.slow
 @quiet
 @pytest.mark.parametrize("config", COMPILED)
 def test_evaluation_compiles_to_one_graph(config):
