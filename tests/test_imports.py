@@ -74,7 +74,7 @@ def test_every_room_has_a_rule():
 
 def test_the_test_sees_relative_imports():
     assert "ops" in package_imports(ROOT / "hub" / "masks.py")
-    assert "fingerprint" in package_imports(ROOT / "adapter" / "layer.py")
+    assert "fingerprint" in package_imports(ROOT / "adapter" / "state.py")
 
 
 def test_only_the_op_files_of_accelerators_import_triton_and_only_compat_touches_private_modules():

@@ -4,28 +4,25 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
-import re
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import get_quantization_kwargs
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from .. import _compat
-from ..criteria import name_matches
 from ..errors import ConfigError, FormatError, UnsupportedError
 from ..relaxations import Moment
-from .base_weight import base_weights, expert_base_weight, linear_base_weight
+from .base_weight import expert_base_weight, linear_base_weight
 from .combine import combined_adapter
 from .config import NMSparseConfig
 from .layer import NMSparseLayer
-from .linear import BASE, NMSparseLinear, ParamWrapper
+from .linear import NMSparseLinear, ParamWrapper
+from .mixed_batch import adapter_for_each_sample
+from .targets import is_target, resolve_targets
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +45,7 @@ class NMSparseModel(BaseTuner):
         # PEFT's own hooks run for the first adapter only; this runs for every one.
         config = self.peft_config[adapter_name]
         self._check_config(model, config, adapter_name)
-        self._resolve_targets(model, config)
+        resolve_targets(model, config)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:  # an interruption too
@@ -65,37 +62,6 @@ class NMSparseModel(BaseTuner):
         if hasattr(model, "add_model_tags"):
             model.add_model_tags(["nmsparse", config.pattern])
 
-    def _resolve_targets(self, model: nn.Module, config: NMSparseConfig) -> None:
-        """Full names in place of defaults: the linear layers of the blocks, and the fused experts."""
-        weights = base_weights(model)
-        experts = [name for name, base in weights.items() if base.is_fused_experts]
-        wanted = config.target_parameters
-        if config.target_modules is None:
-            prefixes = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
-            inside = {
-                name.replace(".base_layer", "")
-                for name, module in model.named_modules()
-                if isinstance(module, (nn.Linear, Conv1D)) and name.startswith(prefixes)
-            }
-            config.target_modules = inside or "all-linear"
-            wanted = experts if wanted is None else wanted
-        if wanted:
-            named = [name for name in weights if any(f".{name}".endswith(f".{entry}") for entry in wanted)]
-            kept = [name for name in named if self._is_target(config, name)]
-            config.target_parameters = kept if named else wanted  # else PEFT says that nothing matches
-        elif experts and wanted is None:
-            logger.warning(
-                "%d fused expert weights stay dense, first %s; add target_parameters=[...] to prune them",
-                len(experts),
-                experts[0],
-            )
-
-    def _is_target(self, config: NMSparseConfig, name: str) -> bool:
-        """Whether the fields that narrow the targets let the parameter `name` through."""
-        alone = copy.copy(config)
-        alone.target_modules = {name}
-        return bool(self._check_target_module_exists(alone, name))
-
     def _check_config(self, model: nn.Module, config: NMSparseConfig, adapter_name: str) -> None:
         if config.mask_format == "packed" and not config.inference_mode:
             raise ConfigError(
@@ -103,10 +69,6 @@ class NMSparseModel(BaseTuner):
                 "it with is_trainable=False, or start new logits from it: get_peft_model(model, NMSparseConfig(prior=None)) "
                 "and nms.set_prior(model, <the mask's folder or repo>)"
             )
-        names = [name for name, _ in model.named_modules()] + list(base_weights(model))  # experts are no modules
-        for entry in config.dense_layers or ():
-            if not any(name_matches(name, entry) for name in names):
-                raise ConfigError(f"dense_layers: {entry!r} matches no module of {type(model).__name__}")
         self._weight_owners: dict[int, list[str]] = {}
         for name, module in model.named_modules():
             if (weight := module._parameters.get("weight")) is not None:
@@ -130,15 +92,7 @@ class NMSparseModel(BaseTuner):
 
     @staticmethod
     def _check_target_module_exists(peft_config: NMSparseConfig, key: str):
-        if any(name_matches(key, entry) for entry in peft_config.dense_layers or ()):
-            return False
-        found = check_target_module_exists(peft_config, key)
-        # PEFT ignores layers_to_transform for names that match exactly, which is what "all-linear" resolves to on models
-        # with few linear layers.
-        targets = peft_config.target_modules
-        if found and peft_config.layers_to_transform is not None and not isinstance(targets, str) and key in targets:
-            return _block_index(key, peft_config.layers_pattern) in _as_list(peft_config.layers_to_transform)
-        return found
+        return is_target(peft_config, key)
 
     def _create_and_replace(
         self,
@@ -184,26 +138,7 @@ class NMSparseModel(BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Hands `adapter_names` of a mixed batch, one for each sample, to every layer."""
         names = kwargs.get("adapter_names")
-        if names is None:
-            yield
-            return
-        if self.training:
-            raise ConfigError(
-                "adapter_names works in eval mode only; call model.eval(), or train one adapter at a time"
-            )
-        known = {name for layer in mask_layers(self.model).values() for name in layer.configs} | {BASE}
-        if unknown := sorted(set(names) - known):
-            raise ConfigError(
-                f"adapter_names: {', '.join(unknown)} on no layer; the model has {', '.join(sorted(known))}"
-            )
-        copies = _copies_of_a_sample(kwargs)
-        with contextlib.ExitStack() as hooks:
-            for module, in_encoder, carried in _compat.modules_taking_adapter_names(self.model, NMSparseLayer):
-                # Beam search repeats every sample, but not in the encoder of an encoder-decoder model.
-                repeats = 1 if in_encoder else copies
-                own = [name if name in carried else BASE for name in names for _ in range(repeats)]
-                handle = module.register_forward_pre_hook(_AddAdapterNames(own), with_kwargs=True)
-                hooks.callback(handle.remove)
+        with contextlib.nullcontext() if names is None else adapter_for_each_sample(self.model, names, kwargs):
             yield
 
     def add_weighted_adapter(
@@ -297,25 +232,6 @@ def set_mask_step(model: nn.Module, step: int, max_steps: int, draw: int = 0, ac
                 )
 
 
-def _copies_of_a_sample(generation: dict[str, Any]) -> int:
-    """How often `generate`, called with these arguments, repeats each sample of the batch; 1 for `forward`."""
-    config = generation.get("generation_config")
-    given = [
-        generation.get(name) or getattr(config, name, None) or 1 for name in ("num_beams", "num_return_sequences")
-    ]
-    return max(given)
-
-
-class _AddAdapterNames:
-    """A forward pre-hook that passes `adapter_names` on."""
-
-    def __init__(self, adapter_names: list[str]) -> None:
-        self.adapter_names = adapter_names
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        return args, {**kwargs, "adapter_names": self.adapter_names}
-
-
 def refuse_to_merge_over_a_mask(tuner: BaseTuner) -> None:
     """Called before any PEFT method merges: another adapter above a mask would write below it and drop it.
 
@@ -364,16 +280,3 @@ def _compare_base_names(
         config.revision,
         here,
     )
-
-
-def _as_list(value: int | list[int]) -> list[int]:
-    return [value] if isinstance(value, int) else list(value)
-
-
-def _block_index(key: str, layers_pattern: str | list[str] | None) -> int | None:
-    """First block index in a module path: `model.layers.3.mlp.up_proj` -> 3."""
-    names = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern or [r"[^.]*"]
-    for name in names:
-        if match := re.match(rf"(?:^|.*?\.){name}\.(\d+)\.", key):
-            return int(match[1])
-    return None

@@ -116,6 +116,11 @@ def _unload_masked(model: nn.Module, layers: Mapping[str, NMSparseLayer]) -> nn.
 def _refuse_stacked(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer) and not isinstance(module, NMSparseLayer):
+            if name.endswith(".token_adapter"):
+                raise UnsupportedError(
+                    f"{name.removesuffix('.token_adapter')} has trained tokens (trainable_token_indices); merge them first: "
+                    "nms.compress(model.merge_and_unload())"
+                )
             raise UnsupportedError(
                 f"{name} carries a {type(module).__module__}.{type(module).__name__} adapter as well; packing would lose it. "
                 "Save that adapter, delete it, compress, and load it again on the packed model"

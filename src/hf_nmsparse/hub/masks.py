@@ -119,7 +119,8 @@ def published_config(config: NMSparseConfig, linear: list[str], parameters: list
     published.mask_format = "packed"
     published.inference_mode = True
     # Resolved: no pattern of names is ever read back from a file.
-    published.target_modules, published.target_parameters = linear, parameters or None
+    published.target_modules = linear
+    published.target_parameters = None if config.target_parameters is None else parameters
     published.exclude_modules = published.dense_layers = None
     published.layers_to_transform = published.layers_pattern = None
     return published

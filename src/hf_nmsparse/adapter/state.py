@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a mask layer holds for each adapter, and the checks before it is first used."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from .. import ops
+from .._compat import BufferDict
+from ..errors import BaseModelMismatchError, ConfigError, FormatError
+from ..fingerprint import FINGERPRINT_BYTES, digest, fingerprint, rounding_hint, to_hex
+from ..ops import NoiseKey
+from ..pattern import NMPattern
+from ..relaxations import Moment, Relaxation, get_relaxation
+from .base_weight import BaseWeight
+from .config import NMSparseConfig
+from .terms import TERM_CONTAINERS, fresh_terms, slorb_of_residual
+
+
+class MaskParameter(nn.Module):
+    """One trainable tensor, as a module with a `.weight`.
+
+    A module rather than a bare parameter so that its name ends in `.<adapter>.weight` (trl copies reference adapters by
+    the text `.default.`) and so that ZeRO-3, FSDP and offload hooks, which run on module calls, reach it.
+    """
+
+    def __init__(self, value: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(value)
+
+    def forward(self) -> torch.Tensor:
+        return self.weight
+
+
+class MaskState(BaseTunerLayer):
+    """The tensors and settings of every adapter on one weight, and whether they can be trusted."""
+
+    adapter_layer_names = ("nmsparse_logits", *TERM_CONTAINERS)
+    other_param_names = (
+        "nmsparse_packed",
+        "nmsparse_base",
+        "nmsparse_digest",
+        "configs",
+        "relaxations",
+        "moments",
+        "states",
+        "verified",
+    )
+
+    def __init__(self, base_layer: nn.Module, module_name: str, parameter_name: str = "weight") -> None:
+        self.base_layer = base_layer
+        self.module_name = module_name
+        self.parameter_name = parameter_name
+        for container in self.adapter_layer_names:
+            setattr(self, container, nn.ModuleDict({}))
+        self.nmsparse_packed = BufferDict({}, persistent=True)
+        self.nmsparse_base = BufferDict({}, persistent=True)
+        self.nmsparse_digest = BufferDict({}, persistent=True)
+        self.configs: dict[str, NMSparseConfig] = {}
+        self.relaxations: dict[str, Relaxation] = {}
+        self.moments: dict[str, Moment] = {}
+        self.states: dict[str, ops.SamplingState] = {}
+        self.allow_base_mismatch = False
+        self.verified: dict[str, list[tuple[torch.Tensor, int]]] = {}
+        self._disable_adapters = False
+        self.merged_adapters = []
+        self._before_merge: torch.Tensor | tuple | None = None
+        self.out_features, self.in_features = self.base_weight.shape
+
+    @property
+    def base_weight(self) -> BaseWeight:
+        """The weight under the masks."""
+        return BaseWeight(self.get_base_layer(), self.parameter_name, self.quantization_backend)
+
+    # --- bookkeeping ------------------------------------------------------------------------------------------------
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.configs)  # PEFT looks at trainable containers only, and would miss packed masks
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT casts to the base dtype here. bfloat16 logits lose most updates and flip masks, so only the device changes.
+        device = device or self.base_weight.stored.device
+        if device.type == "meta":
+            return
+        for container in self._containers():
+            if adapter_name in container:
+                item = container[adapter_name]
+                tensor = item.weight if isinstance(item, nn.Module) else item
+                if not tensor.is_meta:
+                    container[adapter_name] = item.to(device)
+
+    def _containers(self) -> list[nn.ModuleDict | BufferDict]:
+        buffers = (self.nmsparse_packed, self.nmsparse_base, self.nmsparse_digest)
+        return [getattr(self, name) for name in self.adapter_layer_names] + list(buffers)
+
+    def update_layer(self, adapter_name: str, config: NMSparseConfig) -> None:
+        """Add the adapter `adapter_name` to this layer."""
+        pattern = NMPattern(config.pattern)
+        key = NoiseKey.for_layer(config.seed, self.module_name)
+        relaxation = get_relaxation(config.relaxation)(pattern, key)
+        base = self.base_weight
+        weight = base.read()
+        parameters = fresh_terms(config, weight, key, base.num_experts)
+        if config.mask_format == "packed":
+            width = pattern.packed_row_bytes(self.in_features)
+            self.nmsparse_packed[adapter_name] = torch.zeros(self.out_features, width, dtype=torch.uint8)
+            self.nmsparse_digest[adapter_name] = torch.zeros(FINGERPRINT_BYTES, dtype=torch.uint8)
+            stamp = None  # arrives with the codes
+        else:
+            parameters |= relaxation.parameters(weight, config)
+            stamp = base.fingerprint()
+        for container, value in parameters.items():
+            getattr(self, container)[adapter_name] = MaskParameter(value)
+        self.nmsparse_base[adapter_name] = (
+            torch.zeros(FINGERPRINT_BYTES, dtype=torch.uint8) if stamp is None else stamp
+        )
+        self.configs[adapter_name] = config
+        self.relaxations[adapter_name] = relaxation
+        self.verified.pop(adapter_name, None)
+        if self._wants_magnitude_prior(adapter_name, weight):
+            mask = ops.top_n_mask(weight.detach().abs().float(), pattern)
+            self.set_prior_codes(adapter_name, ops.mask_to_codes(mask, pattern))
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def drop_adapter(self, adapter_name: str) -> None:
+        """Forget everything about an adapter."""
+        for container in (*self.adapter_layer_names, *self.other_param_names):
+            if adapter_name in getattr(self, container):
+                del getattr(self, container)[adapter_name]
+
+    def _wants_magnitude_prior(self, adapter_name: str, weight: torch.Tensor) -> bool:
+        config = self.configs[adapter_name]
+        parameters = self._parameters_of(adapter_name).values()
+        # Not while loading: it costs a pass over the weight, and the logits are about to be replaced.
+        loading = config.inference_mode or weight.is_meta or any(value.is_meta for value in parameters)
+        return config.mask_format == "logits" and config.init_weights and config.prior == "magnitude" and not loading
+
+    def set_prior_codes(self, adapter_name: str, codes: torch.Tensor) -> None:
+        """Start the logits of an adapter from a mask, given as codes `[out, groups]`, and SLoRB from what it prunes."""
+        config, relaxation = self.configs[adapter_name], self.relaxations[adapter_name]
+        parameters = self._parameters_of(adapter_name)
+        relaxation.set_prior(parameters, codes, config)
+        if "nmsparse_slorb" in parameters and config.slorb_init != "closed_form" and config.init_weights:
+            mask = ops.codes_to_mask(codes, relaxation.pattern, self.in_features)
+            removed = self.base_weight.read().detach().masked_fill(mask, 0)
+            with torch.no_grad():
+                slorb = slorb_of_residual(-removed, config.slorb_block, config.slorb_init)
+                parameters["nmsparse_slorb"].copy_(slorb)
+
+    @contextlib.contextmanager
+    def masks_off(self) -> Iterator[None]:
+        """For the time of the context the layer computes with its dense weight; nothing else changes."""
+        before = self._disable_adapters
+        self._disable_adapters = True  # not enable_adapters(): that also changes requires_grad
+        try:
+            yield
+        finally:
+            self._disable_adapters = before
+
+    def _parameters_of(self, adapter_name: str) -> dict[str, torch.Tensor]:
+        """The trainable tensors of an adapter by container name."""
+        return {
+            container: getattr(self, container)[adapter_name]()
+            for container in self.adapter_layer_names
+            if adapter_name in getattr(self, container)
+        }
+
+    # --- trust ------------------------------------------------------------------------------------------------------
+    def verify(self, adapter_name: str) -> None:
+        """Check once, before the first use of loaded tensors, that they are whole and made for this base weight.
+
+        Raises:
+            FormatError: if codes are missing, damaged or impossible.
+            ConfigError: if logits were never initialised.
+            BaseModelMismatchError: if the base weight is another one.
+        """
+        if torch.compiler.is_compiling():
+            if adapter_name not in self.verified:
+                self._verify_uncompiled(adapter_name)
+            return
+        tensors = [self.nmsparse_base[adapter_name]]
+        if adapter_name in self.nmsparse_packed:
+            tensors += [self.nmsparse_packed[adapter_name], self.nmsparse_digest[adapter_name]]
+        # Held with their versions: a tensor that was replaced or written to is checked again.
+        mark = [(tensor, tensor._version) for tensor in tensors]
+        seen = self.verified.get(adapter_name, [])
+        if len(seen) == len(mark) and all(a is b and m == n for (a, m), (b, n) in zip(seen, mark, strict=True)):
+            return
+        if adapter_name in self.nmsparse_packed:
+            self._verify_codes(adapter_name)
+        elif not bool(self.nmsparse_logits[adapter_name].weight.any()):
+            prior = self.configs[adapter_name].prior
+            raise ConfigError(
+                f"{self.module_name}: adapter {adapter_name!r} has no logits yet (its prior is {prior!r}); call "
+                f"nms.set_prior(model, {prior or 'polish'!r}, calibration=...) or load a checkpoint that holds this layer"
+            )
+        self._verify_base(adapter_name)
+        self.verified[adapter_name] = mark
+
+    @torch.compiler.disable(
+        reason="a mask is checked once before its first use; call the model once before fullgraph=True"
+    )
+    def _verify_uncompiled(self, adapter_name: str) -> None:
+        self.verify(adapter_name)
+
+    def check_usable(self, adapter_name: str) -> None:
+        """`verify`, and that every logit and term is finite: the largest of NaNs would be an arbitrary but valid mask.
+
+        Raises:
+            ConfigError: with PEFT's own words, on NaN or infinity.
+        """
+        self.verify(adapter_name)
+        for container, value in self._parameters_of(adapter_name).items():
+            if not bool(value.isfinite().all()):
+                raise ConfigError(
+                    f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: "
+                    f"{self.module_name}: {int((~value.isfinite()).sum())} values of {container} are not finite. Go back "
+                    "to an earlier checkpoint, and lower the learning rate"
+                )
+
+    def _verify_codes(self, adapter_name: str) -> None:
+        packed, stored = self.nmsparse_packed[adapter_name], self.nmsparse_digest[adapter_name]
+        if not bool(stored.any()):
+            raise FormatError(
+                f"{self.module_name}: the mask {adapter_name!r} holds no codes for this layer; the file is incomplete"
+            )
+        found = digest(packed)
+        if not torch.equal(found, stored.cpu()):
+            raise FormatError(
+                f"{self.module_name}: the codes of mask {adapter_name!r} are damaged (digest {to_hex(found)}, expected "
+                f"{to_hex(stored)}); fetch the mask again"
+            )
+        pattern = self.relaxations[adapter_name].pattern
+        ops.unpack_codes(packed, pattern, self.in_features, name=self.module_name)
+
+    def _verify_base(self, adapter_name: str) -> None:
+        stored = self.nmsparse_base[adapter_name].cpu()
+        pristine = self._pristine()
+        found = None if self.quantization_backend is not None else fingerprint(pristine)
+        if found is None or not bool(stored.any()) or self.allow_base_mismatch or torch.equal(found, stored):
+            return
+        config = self.configs[adapter_name]
+        made_for = f"{config.base_model_name_or_path or 'another model'}" + (
+            f" at revision {config.revision}" if config.revision else ""
+        )
+        raise BaseModelMismatchError(
+            f"{self.module_name}: mask {adapter_name!r} was made for other weights ({made_for}, fingerprint "
+            f"{to_hex(stored)}) than the ones here (fingerprint {to_hex(found)}); load the base model it names"
+            + rounding_hint(pristine)
+        )
+
+    def _pristine(self) -> torch.Tensor:
+        """The base weight as it was before any merge, `[out, in]`."""
+        if self._before_merge is None:
+            return self.base_weight.read()
+        if self.quantization_backend is None:
+            return self._before_merge
+        merged = self.base_weight.quantised_state()
+        self.base_weight.set_quantised_state(self._before_merge)
+        try:
+            return self.base_weight.read()
+        finally:
+            self.base_weight.set_quantised_state(merged)
