@@ -523,7 +523,7 @@ def test_all_linear_on_experts_warns_that_they_stay_dense(caplog):
 
 
 def test_target_parameters_that_match_nothing_are_named():
-    with pytest.raises(ConfigError, match="target_parameters: 'experts.up_proj' matches no parameter of Mixtral"):
+    with pytest.raises(ConfigError, match=r"target_parameters: 'experts\.up_proj' matches no parameter of Mixtral"):
         model_of("mixtral", target_parameters=["experts.gate_up_proj", "experts.up_proj"])
 
 
