@@ -5,7 +5,8 @@
     python benchmarks/terms.py --tiny --minutes 3 --threads 1     # the trained one-million-weight Llama of the tests
 
 Every variant starts from the same polish prior. The steps it gets are those that fit into `--minutes` of CPU time, at the
-cost of one measured step of its own. Perplexity is of held-out text.
+measured cost of its own steps; or `--steps`, for all alike, on a machine that is busy otherwise. Perplexity is of held-out
+text.
 """
 
 import argparse
@@ -79,6 +80,7 @@ def tiny_setting() -> Setting:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=9.0, help="CPU minutes of training for each variant")
+    parser.add_argument("--steps", type=int, help="the same steps for all variants, instead of the same time")
     parser.add_argument("--tiny", action="store_true", help="the tiny trained Llama of the tests")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
@@ -97,7 +99,7 @@ def main() -> None:
         "calibration_tokens": calibration.numel(),
         "eval_tokens": held_out.numel(),
         "tokens_per_step": setting.batch * setting.length,
-        "cpu_minutes": arguments.minutes,
+        "cpu_minutes": arguments.minutes if arguments.steps is None else None,
         "threads": arguments.threads,
         "seed": arguments.seed,
         "dense": nms.perplexity(setting.base, held_out, seq_len=setting.eval_length).value,
@@ -133,8 +135,10 @@ def measure(setting: Setting, masks, terms, distillation, calibration, texts, he
         nms.fit_side_branch(model, calibration=calibration)
         fit_seconds = time.process_time() - begun
     start = hard_perplexity(model, held_out, setting.eval_length)
-    seconds = step_seconds(setting, model, texts, distillation)
-    steps = max(1, min(len(texts) // setting.batch, int(60 * arguments.minutes / seconds)))
+    steps = arguments.steps
+    if steps is None:
+        seconds = step_seconds(setting, model, texts, distillation)
+        steps = max(1, min(len(texts) // setting.batch, int(60 * arguments.minutes / seconds)))
     begun = time.process_time()
     trainer = trainer_of(setting, model, texts, distillation, steps, arguments.seed)
     trainer.train()
@@ -162,16 +166,18 @@ def hard_perplexity(model, held_out, eval_length: int) -> float:
 
 
 def step_seconds(setting: Setting, model, texts, distillation) -> float:
-    """CPU time of a step, from a run of two whose changes are undone."""
+    """CPU time of a step: what a run of four takes longer than a run of one. Their changes are undone."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     before = [parameter.detach().clone() for parameter in trainable]
-    begun = time.process_time()
-    trainer_of(setting, model, texts, distillation, 2, 0, logging_steps=10).train()
-    seconds = (time.process_time() - begun) / 2
+    taken = []
+    for steps in (1, 4):
+        begun = time.process_time()
+        trainer_of(setting, model, texts, distillation, steps, 0, logging_steps=10).train()
+        taken.append(time.process_time() - begun)
     with torch.no_grad():
         for parameter, value in zip(trainable, before, strict=True):
             parameter.copy_(value)
-    return seconds
+    return (taken[1] - taken[0]) / 3
 
 
 def trainer_of(setting: Setting, model, texts, distillation, steps: int, seed: int, logging_steps: int | None = None):

@@ -126,6 +126,10 @@ def expert_base_weight(module: nn.Module, parameter_name: str, name: str) -> Bas
         UnsupportedError: if the parameter has other dimensions or is no float.
     """
     parameter = getattr(module, parameter_name)
+    if isinstance(module, nn.Embedding):
+        raise UnsupportedError(
+            f"{name} is an embedding: its rows are looked up, not multiplied, so n:m has no use there"
+        )
     if parameter.dim() not in (2, 3) or not parameter.is_floating_point():
         raise UnsupportedError(
             f"{name}: target_parameters takes float weights [experts, out, in] or [out, in], got {parameter.dtype} "

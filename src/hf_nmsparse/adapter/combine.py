@@ -91,6 +91,10 @@ def _check_alike(
 def _sum_of_logits(layer: NMSparseLayer, adapters: Sequence[str], weights: Sequence[float]) -> dict[str, torch.Tensor]:
     logits = [layer.nmsparse_logits[name].weight.detach().float() for name in adapters]
     total = sum(weight * value for weight, value in zip(weights, logits, strict=True))
+    if not bool(total.any()):
+        raise ConfigError(
+            f"{layer.module_name}: the weighted logits cancel out, which leaves no mask; use other weights"
+        )
     return {"nmsparse_logits": total, "nmsparse_base": layer.nmsparse_base[adapters[0]]}
 
 

@@ -138,14 +138,20 @@ class NMSparseLayer(MaskState):
         adapter_names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.configs]
         if not adapter_names:
             return
-        names = [*self.merged_adapters, *adapter_names]
-        merged = self.hard_weight(names)
-        if with_side_branch and (branch := self.side_branch(names)) is not None:
-            merged = (merged.float() + branch.dense(self.in_features).float()).to(merged.dtype)
+        merged = self.merged_weight(adapter_names, with_side_branch)
         if safe_merge and not bool(merged.isfinite().all()):
             raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter_names[0]} seems to be broken")
         self._write(merged)
         self.merged_adapters.extend(adapter_names)
+
+    @torch.no_grad()
+    def merged_weight(self, adapter_names: list[str], with_side_branch: bool = True) -> torch.Tensor:
+        """The base weight once these adapters are merged too, beside those that are, `[out, in]`."""
+        names = list(dict.fromkeys([*self.merged_adapters, *adapter_names]))
+        merged = self.hard_weight(names)
+        if with_side_branch and (branch := self.side_branch(names)) is not None:
+            merged = (merged.float() + branch.dense(self.in_features).float()).to(merged.dtype)
+        return merged
 
     def _write(self, weight: torch.Tensor) -> None:
         """Make `weight` (`[out, in]`) the base weight, and keep what was there before the first merge."""
@@ -170,7 +176,8 @@ class NMSparseLayer(MaskState):
         if self.quantization_backend is not None:
             base.set_quantised_state(self._before_merge)
         else:
-            base.stored.data = base.restore(self._before_merge).to(base.stored.device)
+            # The model may have been moved or cast meanwhile.
+            base.stored.data = base.restore(self._before_merge).contiguous().to(base.stored)
         self._before_merge = None
         self.merged_adapters.clear()
 

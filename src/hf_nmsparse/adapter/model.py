@@ -16,7 +16,7 @@ from torch import nn
 
 from ..errors import ConfigError, FormatError, UnsupportedError
 from ..relaxations import Moment
-from .base_weight import expert_base_weight, linear_base_weight
+from .base_weight import BaseWeight, expert_base_weight, linear_base_weight
 from .combine import combined_adapter
 from .config import NMSparseConfig
 from .layer import NMSparseLayer
@@ -69,20 +69,35 @@ class NMSparseModel(BaseTuner):
                 "it with is_trainable=False, or start new logits from it: get_peft_model(model, NMSparseConfig(prior=None)) "
                 "and nms.set_prior(model, <the mask's folder or repo>)"
             )
-        self._weight_owners: dict[int, list[str]] = {}
-        for name, module in model.named_modules():
-            if (weight := module._parameters.get("weight")) is not None:
-                self._weight_owners.setdefault(id(weight), []).append(name)
+        self._owners: dict[int, list[str]] = {}
+        for path, module in model.named_modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    self._owners.setdefault(id(parameter), []).append(f"{path}.{name}".replace(".base_layer", ""))
 
-    def _check_merge_allowed(self) -> None:
-        super()._check_merge_allowed()
-        # Every layer before the first is merged, so that nothing is half merged.
+    # --- merging ----------------------------------------------------------------------------------------------------
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As in PEFT, but every layer is checked before the first is merged."""
+        self._check_mergeable(adapter_names, safe_merge)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """As in PEFT, but every layer is checked before the first is merged."""
+        self._check_mergeable(adapter_names, safe_merge)
+        return super().merge_and_unload(progressbar, safe_merge, adapter_names)
+
+    def _check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         dense = set()
         for layer in mask_layers(self.model).values():
-            for name in layer.active_adapters:
-                if name in layer.configs:
-                    layer.check_usable(name)
-                    dense |= {name} if layer.configs[name].has_side_branch else set()
+            names = [name for name in adapter_names or layer.active_adapters if name in layer.configs]
+            for name in names:
+                layer.check_usable(name)
+                if layer.configs[name].has_side_branch and name not in layer.merged_adapters:
+                    dense.add(name)
+            if safe_merge and names and not bool(layer.merged_weight(names).isfinite().all()):
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken")
         if dense:
             warnings.warn(
                 f"adapter {', '.join(sorted(dense))} has a term beside its mask (slorb_block, low_rank): merged weights are "
@@ -115,18 +130,22 @@ class NMSparseModel(BaseTuner):
         if parameter_name is not None:
             module = target.get_base_layer() if isinstance(target, ParamWrapper) else target
             base = expert_base_weight(module, parameter_name, current_key)
+            self._refuse_shared(base, current_key, current_key)
             new_module = ParamWrapper(target, base, current_key, adapter_name, peft_config)
         else:
             base = linear_base_weight(target, current_key, **get_quantization_kwargs(self))
-            if shared := [name for name in self._weight_owners.get(id(base.stored), ()) if name != current_key]:
-                raise UnsupportedError(
-                    f"{current_key} shares its weight with {shared[0]}; a mask on it would prune both. Leave it out with "
-                    "exclude_modules, or untie the two"
-                )
+            self._refuse_shared(base, current_key, f"{current_key}.weight")
             new_module = NMSparseLinear(base, current_key, adapter_name, peft_config)
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
+
+    def _refuse_shared(self, base: BaseWeight, name: str, parameter: str) -> None:
+        if shared := [other for other in self._owners.get(id(base.stored), ()) if other != parameter]:
+            raise UnsupportedError(
+                f"{name} shares its weight with {shared[0].removesuffix('.weight')}; a mask on it would prune both. Leave it "
+                "out with exclude_modules, or untie the two"
+            )
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's own version also moves tensors to the device of `child.weight`, which experts lack; layers of ours are

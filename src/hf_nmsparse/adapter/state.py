@@ -19,7 +19,7 @@ from ..pattern import NMPattern
 from ..relaxations import Moment, Relaxation, get_relaxation
 from .base_weight import BaseWeight
 from .config import NMSparseConfig
-from .terms import TERM_CONTAINERS, fresh_terms, slorb_of_residual
+from .terms import TERM_CONTAINERS, block_projection, fresh_terms, slorb_of_residual, with_delta
 
 
 class MaskParameter(nn.Module):
@@ -50,6 +50,7 @@ class MaskState(BaseTunerLayer):
         "moments",
         "states",
         "verified",
+        "mismatch_allowed",
     )
 
     def __init__(self, base_layer: nn.Module, module_name: str, parameter_name: str = "weight") -> None:
@@ -65,7 +66,7 @@ class MaskState(BaseTunerLayer):
         self.relaxations: dict[str, Relaxation] = {}
         self.moments: dict[str, Moment] = {}
         self.states: dict[str, ops.SamplingState] = {}
-        self.allow_base_mismatch = False
+        self.mismatch_allowed: dict[str, bool] = {}
         self.verified: dict[str, list[tuple[torch.Tensor, int]]] = {}
         self._disable_adapters = False
         self.merged_adapters = []
@@ -102,9 +103,8 @@ class MaskState(BaseTunerLayer):
         pattern = NMPattern(config.pattern)
         key = NoiseKey.for_layer(config.seed, self.module_name)
         relaxation = get_relaxation(config.relaxation)(pattern, key)
-        base = self.base_weight
-        weight = base.read()
-        parameters = fresh_terms(config, weight, key, base.num_experts)
+        weight = self._pristine()  # another adapter may be merged
+        parameters = fresh_terms(config, weight, key, self.base_weight.num_experts)
         if config.mask_format == "packed":
             width = pattern.packed_row_bytes(self.in_features)
             self.nmsparse_packed[adapter_name] = torch.zeros(self.out_features, width, dtype=torch.uint8)
@@ -112,7 +112,7 @@ class MaskState(BaseTunerLayer):
             stamp = None  # arrives with the codes
         else:
             parameters |= relaxation.parameters(weight, config)
-            stamp = base.fingerprint()
+            stamp = None if self.quantization_backend is not None else fingerprint(weight)
         for container, value in parameters.items():
             getattr(self, container)[adapter_name] = MaskParameter(value)
         self.nmsparse_base[adapter_name] = (
@@ -147,10 +147,14 @@ class MaskState(BaseTunerLayer):
         relaxation.set_prior(parameters, codes, config)
         if "nmsparse_slorb" in parameters and config.slorb_init != "closed_form" and config.init_weights:
             mask = ops.codes_to_mask(codes, relaxation.pattern, self.in_features)
-            removed = self.base_weight.read().detach().masked_fill(mask, 0)
+            weight = self._pristine().detach()
             with torch.no_grad():
-                slorb = slorb_of_residual(-removed, config.slorb_block, config.slorb_init)
+                residual = with_delta(weight, parameters).masked_fill(~mask, 0) - weight
+                slorb = slorb_of_residual(residual, config.slorb_block, config.slorb_init)
                 parameters["nmsparse_slorb"].copy_(slorb)
+                if "nmsparse_slorb_projection" in parameters:  # S is for sums over blocks
+                    blocks = block_projection(self.in_features, config.slorb_block)
+                    parameters["nmsparse_slorb_projection"].copy_(blocks)
 
     @contextlib.contextmanager
     def masks_off(self) -> Iterator[None]:
@@ -187,7 +191,7 @@ class MaskState(BaseTunerLayer):
         if adapter_name in self.nmsparse_packed:
             tensors += [self.nmsparse_packed[adapter_name], self.nmsparse_digest[adapter_name]]
         # Held with their versions: a tensor that was replaced or written to is checked again.
-        mark = [(tensor, tensor._version) for tensor in tensors]
+        mark = [(tensor, -1 if tensor.is_inference() else tensor._version) for tensor in tensors]
         seen = self.verified.get(adapter_name, [])
         if len(seen) == len(mark) and all(a is b and m == n for (a, m), (b, n) in zip(seen, mark, strict=True)):
             return
@@ -242,7 +246,12 @@ class MaskState(BaseTunerLayer):
         stored = self.nmsparse_base[adapter_name].cpu()
         pristine = self._pristine()
         found = None if self.quantization_backend is not None else fingerprint(pristine)
-        if found is None or not bool(stored.any()) or self.allow_base_mismatch or torch.equal(found, stored):
+        if (
+            self.mismatch_allowed.get(adapter_name)
+            or found is None
+            or not bool(stored.any())
+            or torch.equal(found, stored)
+        ):
             return
         config = self.configs[adapter_name]
         made_for = f"{config.base_model_name_or_path or 'another model'}" + (

@@ -12,8 +12,8 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..criteria import name_matches
-from ..errors import ConfigError
+from ..criteria import find_stacks, is_router, name_matches
+from ..errors import ConfigError, UnsupportedError
 from .base_weight import BaseWeight, base_weights
 from .config import NMSparseConfig
 
@@ -47,11 +47,16 @@ def resolve_targets(model: nn.Module, config: NMSparseConfig) -> None:
 
 
 def _linear_layers_of_blocks(model: nn.Module) -> set[str]:
-    prefixes = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
+    """Those that `nms.prune` takes, in whatever kind of layer they are; none where there are no blocks."""
+    try:
+        stacks = find_stacks(model)
+    except UnsupportedError:
+        return set()
     return {
         name.replace(".base_layer", "")
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and name.startswith(prefixes)
+        for prefix, blocks in stacks
+        for name, module in blocks.named_modules(prefix=prefix)
+        if isinstance(module, (nn.Linear, Conv1D)) and not is_router(name, module)
     }
 
 
@@ -63,7 +68,7 @@ def _named_parameters(
         if not any(f".{name}".endswith(f".{entry}") for name in weights):
             raise ConfigError(
                 f"target_parameters: {entry!r} matches no parameter of {model_name}; give the end of its name, such as "
-                "'mlp.experts.down_proj'"
+                "'mlp.experts.down_proj' (linear layers belong in target_modules)"
             )
     named = [name for name in weights if any(f".{name}".endswith(f".{entry}") for entry in wanted)]
     alone = copy.copy(config)

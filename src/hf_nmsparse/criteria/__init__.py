@@ -5,7 +5,7 @@ from .base import Criterion, InputStatistics, get_criterion, known_criteria, reg
 from .engine import LayerReport, PruneReport, prune, walk
 from .magnitude import Magnitude
 from .polish import Polish, polish_mask
-from .targets import Target, expert_views, find_stacks, find_weights, name_matches
+from .targets import Target, expert_views, find_stacks, find_weights, is_router, name_matches
 from .wanda import Wanda
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "find_stacks",
     "find_weights",
     "get_criterion",
+    "is_router",
     "known_criteria",
     "name_matches",
     "polish_mask",

@@ -88,7 +88,12 @@ def find_weights(model: nn.Module, dense_layers: Iterable[str] = ()) -> dict[str
     """
     dense_layers = [dense_layers] if isinstance(dense_layers, str) else list(dense_layers)
     stacks = find_stacks(model)
-    inside = [entry for prefix, blocks in stacks for entry in blocks.named_modules(prefix=prefix)]
+    inside = [
+        (name, module)
+        for prefix, blocks in stacks
+        for name, module in blocks.named_modules(prefix=prefix)
+        if not is_router(name, module)
+    ]
     tied = _tied_parameters(model)
     weights = {weight.name: weight for name, module in inside for weight in _weights_of(name, module, tied)}
     names = [*(name for name, _ in model.named_modules()), *weights]
@@ -161,6 +166,12 @@ def expert_views(module: nn.Module, parameter_name: str) -> list[torch.Tensor]:
 def name_matches(name: str, entry: str) -> bool:
     """Whether `entry` is the module name `name` or any run of its parts: "down_proj", "mlp.up_proj", "layers.0"."""
     return f".{entry}." in f".{name}."
+
+
+def is_router(name: str, module: nn.Module) -> bool:
+    """Whether a linear layer decides where tokens go: a router class, or a gate with one output (Qwen2-MoE)."""
+    one_gate = name.endswith("gate") and getattr(module, "out_features", None) == 1
+    return "Router" in type(module).__name__ or one_gate
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from peft import PeftModel
@@ -21,8 +22,10 @@ from ..pattern import NMPattern
 logger = logging.getLogger(__name__)
 
 
-def compress(model: nn.Module, masks: Mapping[str, torch.Tensor] | None = None) -> nn.Module:
-    """Replace the pruned linear layers of a model by `SparseLinear24`, in place.
+def compress(
+    model: nn.Module, masks: Mapping[str, torch.Tensor] | None = None, memory: str | None = None
+) -> nn.Module:
+    """Replace the pruned linear layers of a model by `SparseLinear24`, in place. On failure the model is as it was.
 
     Args:
         model (`PeftModel`, a model with a mask adapter, or a masked plain model): with an adapter, its active masks
@@ -30,6 +33,7 @@ def compress(model: nn.Module, masks: Mapping[str, torch.Tensor] | None = None) 
             `masks`, else the zeros of the weights (groups with fewer than two non-zeros are completed, lowest index
             first).
         masks (`Mapping[str, torch.Tensor]`, *optional*): bool `[out, in]` by module name, for a plain model.
+        memory (`str`, *optional*): "fast" or "low", see `SparseLinear24`.
 
     Returns:
         the plain, unwrapped model, ready for `save_pretrained`.
@@ -40,7 +44,7 @@ def compress(model: nn.Module, masks: Mapping[str, torch.Tensor] | None = None) 
     """
     layers = mask_layers(model)
     if not layers:
-        return packed.compress(model, masks)
+        return packed.compress(model, masks, memory)
     if masks is not None:
         raise ConfigError("the model carries mask adapters, whose masks are used; do not pass masks as well")
     _refuse_stacked(model)
@@ -55,11 +59,11 @@ def compress(model: nn.Module, masks: Mapping[str, torch.Tensor] | None = None) 
         )
     kept = {name: _checked_mask(name, layer) for name, layer in linear.items()}
     branches = {name: branch for name, layer in linear.items() if (branch := _detached_branch(layer)) is not None}
-    if len({branch.slorb_block for branch in branches.values()} - {None}) > 1:
-        raise UnsupportedError("the layers have SLoRB terms of different slorb_block; a packed model holds one size")
+    with _base_layers_in_place(model, linear) as plain:
+        packed.check_compress(plain, kept, branches)
     if experts := sorted(set(active) - set(linear)):
         logger.warning("%d fused expert weights stay dense with zeros, first %s", len(experts), experts[0])
-    return packed.compress(_unload_masked(model, active), kept, branches=branches)
+    return packed.compress(_unload_masked(model, active), kept, memory, branches)
 
 
 def decompress(model: nn.Module) -> nn.Module:
@@ -92,6 +96,19 @@ def _detached_branch(layer: NMSparseLayer) -> ops.SideBranch | None:
     except PatternError as error:
         raise UnsupportedError(f"{layer.module_name}: {error}; compress with one of the adapters active") from error
     return None if branch is None else branch.apply(lambda tensor: tensor.detach().to(dtype))
+
+
+@contextlib.contextmanager
+def _base_layers_in_place(model: nn.Module, layers: Mapping[str, NMSparseLayer]) -> Iterator[nn.Module]:
+    """The plain model, for the time of the context with its linear layers in the place of the mask layers."""
+    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    try:
+        for name, layer in layers.items():
+            plain.set_submodule(name, layer.get_base_layer())
+        yield plain
+    finally:
+        for name, layer in layers.items():
+            plain.set_submodule(name, layer)
 
 
 def _unload_masked(model: nn.Module, layers: Mapping[str, NMSparseLayer]) -> nn.Module:

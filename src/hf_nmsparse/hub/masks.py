@@ -222,6 +222,10 @@ def load_mask(
         raise ConfigError(
             f"the model already has an adapter {adapter_name!r}; pass another adapter_name or delete it first"
         )
+    if any(layer.merged for layer in mask_layers(model).values()):
+        raise ConfigError(
+            "a mask is merged into the weights, which are pruned now; unmerge it first (unmerge_adapter())"
+        )
     match_to_model(mask, base_weights(_plain(model)), allow_base_mismatch)
     parameters = mask.config.target_parameters or []
     config = published_config(mask.config, sorted(set(mask.layers) - set(parameters)), parameters)
@@ -231,7 +235,7 @@ def load_mask(
         model = get_peft_model(model, config, adapter_name=adapter_name)
     for name, layer in mask_layers(model, adapter_name).items():
         stored = mask.layers[name]
-        layer.allow_base_mismatch = layer.allow_base_mismatch or allow_base_mismatch
+        layer.mismatch_allowed[adapter_name] = allow_base_mismatch
         layer.nmsparse_packed[adapter_name].copy_(stored.packed)
         layer.nmsparse_digest[adapter_name].copy_(digest(stored.packed))
         layer.nmsparse_base[adapter_name].copy_(stored.base)

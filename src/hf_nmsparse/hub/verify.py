@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +15,6 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from .. import ops
 from ..adapter import linear_and_expert_weights, mask_layers
@@ -114,11 +113,11 @@ def verify(
         quantization = content.get("quantization_config") or {}
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, AttributeError) as error:
         raise FormatError(f"{config} is no model config ({error}); fetch it again") from error
+    layouts = _layouts(config, content)
     if quantization.get("quant_method") == "nmsparse":
-        return _verify_packed(files, quantization.get("slorb_block"))
+        return _verify_packed(files, quantization.get("slorb_block"), layouts)
     pattern = NMPattern(pattern or _recorded_pattern(folder) or "2:4")
-    weights = _weights(files, _stored_transposed(config, content))
-    return _counted(VerifyReport("masked model", str(pattern)), weights, pattern)
+    return _counted(VerifyReport("masked model", str(pattern)), _weights(files, layouts), pattern)
 
 
 def _recorded_pattern(folder: Path) -> NMPattern | None:
@@ -144,11 +143,13 @@ def _verify_mask(folder: Path) -> VerifyReport:
     return report
 
 
-def _verify_packed(files: list[str], slorb_block: int | None) -> VerifyReport:
-    report = VerifyReport("packed model", "2:4")
+def _verify_packed(files: list[str], slorb_block: int | None, layouts: Mapping[str, bool]) -> VerifyReport:
     packed = check_packed_files(files)
     check_slorb_block(packed, slorb_block)
-    for name, values in _weights(files):
+    # What is not packed may be masked all the same: fused experts, and layers whose width is no multiple of 8.
+    others = ((name, weight) for name, weight in _weights(files, layouts) if name not in packed)
+    report = _counted(VerifyReport("packed model", "2:4"), others, NMPattern(2, 4))
+    for name, values in _weights(files, {}):
         if name in packed:
             groups = values.numel() // 2
             under = int((values.view(values.shape[0], -1, 2) == 0).any(-1).sum())
@@ -167,11 +168,10 @@ def _verify_model(model: nn.Module, pattern: NMPattern) -> VerifyReport:
                     report.layers[name] = ops.count_groups(layer.hard_mask(adapter_name), counted_as)
         return report
     packed = [(name, module) for name, module in model.named_modules() if isinstance(module, SparseLinear24)]
-    if packed:
-        weights = ((name, module.sparse_weight()) for name, module in packed)
-        return _counted(VerifyReport("packed model", "2:4"), weights, NMPattern(2, 4))
-    weights = ((name, base.read().detach()) for name, base in linear_and_expert_weights(model).items())
-    return _counted(VerifyReport("masked model", str(pattern)), weights, pattern)
+    kind, pattern = ("packed model", NMPattern(2, 4)) if packed else ("masked model", pattern)
+    weights = [(name, module.sparse_weight) for name, module in packed]
+    weights += [(name, base.read) for name, base in linear_and_expert_weights(model).items()]
+    return _counted(VerifyReport(kind, str(pattern)), ((name, read().detach()) for name, read in weights), pattern)
 
 
 def _counted(report: VerifyReport, weights: Iterator[tuple[str, torch.Tensor]], pattern: NMPattern) -> VerifyReport:
@@ -184,39 +184,50 @@ def _counted(report: VerifyReport, weights: Iterator[tuple[str, torch.Tensor]], 
     return report
 
 
-def _weights(files: list[str], transposed: Collection[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
-    """Two-dimensional float weights of safetensors files by module name, `[out, in]`, one at a time.
+def _weights(files: list[str], layouts: Mapping[str, bool]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Float weights of safetensors files as `[out, in]` by name, one at a time: matrices, and fused experts.
 
     Args:
         files (`list[str]`): the files.
-        transposed (`Collection[str]`): ends of the names of modules that store `[in, out]`.
+        layouts (`Mapping[str, bool]`): see `_layouts`; fused experts that are not named there are left out.
     """
     for path in files:
         try:
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118  (a safe_open handle is no mapping)
-                    if key.endswith(".weight") and len(file.get_slice(key).get_shape()) == 2:
-                        name, weight = key.removesuffix(".weight"), file.get_tensor(key)
-                        yield name, weight.t() if name.endswith(tuple(transposed)) else weight
+                    dims, leaf = len(file.get_slice(key).get_shape()), f".{key}".rpartition(".")[2]
+                    name = key.removesuffix(".weight")
+                    if dims == 2 and leaf == "weight":
+                        weight = file.get_tensor(key)
+                        yield name, weight.t() if layouts.get(name.rpartition(".")[2]) else weight
+                    elif dims == 3 and leaf in layouts:
+                        weight = file.get_tensor(key)
+                        yield key, (weight.mT if layouts[leaf] else weight).flatten(0, 1)
         except SafetensorError as error:
             raise FormatError(f"{path} is damaged or cut short ({error}); fetch it again") from error
 
 
-def _stored_transposed(path: Path, config: dict) -> set[str]:
-    """Ends of the names of `Conv1D` layers in the architecture that a config names, if Transformers has it.
+def _layouts(path: Path, config: dict) -> dict[str, bool]:
+    """Last parts of the names of `Conv1D` layers and fused expert weights -> whether they are stored `[..., in, out]`.
+
+    Found in the architecture that a config.json names, if Transformers has it.
 
     Raises:
         FormatError: if no model can be made from the config.
     """
-    for name in config.get("architectures") or ():
-        model_class = getattr(transformers, str(name), None)
+    for architecture in config.get("architectures") or ():
+        model_class = getattr(transformers, str(architecture), None)
         if not isinstance(model_class, type) or not issubclass(model_class, PreTrainedModel):
             continue
         try:
             with torch.device("meta"):
                 model = model_class(model_class.config_class.from_dict(config))
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise FormatError(f"{path}: no {name} can be made from it ({error}); fetch it again") from error
-        names = [module_name for module_name, module in model.named_modules() if type(module) is Conv1D]
-        return {f".{module_name.rpartition('.')[2]}" for module_name in names}
-    return set()
+            raise FormatError(f"{path}: no {architecture} can be made from it ({error}); fetch it again") from error
+        weights = linear_and_expert_weights(model).items()
+        return {
+            name.rpartition(".")[2]: base.transposed
+            for name, base in weights
+            if base.transposed or base.is_fused_experts
+        }
+    return {}

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Packed 2:4 models: the layer, masked <-> packed, and the Transformers quantizer."""
 
-from .compress import PackedSizes, compress, decompress, packed_sizes
+from .compress import PackedSizes, check_compress, compress, decompress, packed_sizes
 from .config import PackedConfig
 from .explain import Explanation, explain
 from .modules import SparseLinear24
@@ -16,6 +16,7 @@ __all__ = [
     "SparseLinear24",
     "StoredLayerMask",
     "StoredMask",
+    "check_compress",
     "compress",
     "decompress",
     "explain",

@@ -53,37 +53,77 @@ def compress(
         ConfigError: if a mask or branch names no plain linear layer, or a branch a layer without mask.
         PatternError: if a mask has another shape than the weight, or a branch does not fit it.
     """
+    _refuse_adapters(model)
+    work = _planned(model, masks, branches or {})
+    branches = work.branches
+    packed = {
+        name: SparseLinear24.from_linear(work.layers[name], work.masks[name](), memory, branches.get(name))
+        for name in work.packable
+    }
+    if masks is not None:
+        log_dense(work.left_dense, "dense with zeros", branches)
+    else:  # that other layers are not sparse is no news
+        log_dense({name: why for name, why in work.left_dense.items() if name in branches}, "dense", branches)
+    replace_modules(model, packed)
+    for name in work.left_dense:
+        _settle_dense(work.layers[name], work.masks[name], branches.get(name), masked=masks is not None)
+    if isinstance(model, PreTrainedModel):
+        _attach_config(model, work.slorb_block)
+    logger.info(
+        "packed %d linear layers (%d groups completed), %d stay dense",
+        len(packed),
+        sum(work.packable.values()),
+        len(linear_layers(model)),
+    )
+    return model
+
+
+def check_compress(
+    model: nn.Module, masks: Mapping[str, torch.Tensor], branches: Mapping[str, SideBranch] | None = None
+) -> None:
+    """Raise what `compress` would raise for this model; other adapters on it are not looked at."""
+    _planned(model, masks, branches or {})
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """What is to be packed.
+
+    Args:
+        layers (`Mapping[str, nn.Module]`): linear layers of the model.
+        masks (`Mapping[str, Callable]`): functions that return masks.
+        branches (`Mapping[str, SideBranch]`): by layer name.
+        packable (`Mapping[str, int]`): layers to pack -> groups to complete.
+        left_dense (`Mapping[str, str]`): layers that have a mask and cannot be packed -> why.
+        slorb_block (`int`, *optional*): of all SLoRB terms.
+    """
+
+    layers: Mapping[str, nn.Module]
+    masks: Mapping[str, Callable[[], torch.Tensor]]
+    branches: Mapping[str, SideBranch]
+    packable: Mapping[str, int]
+    left_dense: Mapping[str, str]
+    slorb_block: int | None
+
+
+def _planned(
+    model: nn.Module, masks: Mapping[str, torch.Tensor] | None, branches: Mapping[str, SideBranch]
+) -> _Planned:
+    """Every check, before the first change."""
     _check_model(model)
-    layers, unpackable, branches = linear_layers(model), unpackable_layers(model), branches or {}
+    layers, unpackable = linear_layers(model), unpackable_layers(model)
     given = _zeros_as_masks(layers) if masks is None else _checked_masks(masks, layers, unpackable)
     _check_branches(branches, layers, unpackable, given)
     packable, left_dense = _split(given, layers, unpackable)
     if not packable and not packed_layers(model):
+        why = f" ({next(iter(left_dense.items()))})" if masks is not None and left_dense else ""
         raise UnsupportedError(
-            f"none of the {len(layers)} linear layers is {PATTERN} sparse along its input dimension; prune the model first "
-            "(hf_nmsparse.prune), merge its adapter (merge_and_unload), or give masks"
+            f"none of the {len(layers)} linear layers can be packed as {PATTERN} sparse along its input dimension{why}; "
+            "prune the model first (hf_nmsparse.prune), give masks, or keep it dense with zeros (merge_and_unload)"
         )
     before = [layer.slorb_block for _, layer in packed_layers(model)]
     slorb_block = common_slorb_block([*before, *(slorb_block_of(branches.get(name)) for name in packable)])
-    packed = {
-        name: SparseLinear24.from_linear(layers[name], given[name](), memory, branches.get(name)) for name in packable
-    }
-    if masks is not None:
-        log_dense(left_dense, "dense with zeros", branches)
-    else:  # that other layers are not sparse is no news
-        log_dense({name: why for name, why in left_dense.items() if name in branches}, "dense", branches)
-    replace_modules(model, packed)
-    for name in left_dense:
-        _settle_dense(layers[name], given[name], branches.get(name), masked=masks is not None)
-    if isinstance(model, PreTrainedModel):
-        _attach_config(model, slorb_block)
-    logger.info(
-        "packed %d linear layers (%d groups completed), %d stay dense",
-        len(packed),
-        sum(packable.values()),
-        len(linear_layers(model)),
-    )
-    return model
+    return _Planned(layers, given, branches, packable, left_dense, slorb_block)
 
 
 def decompress(model: nn.Module) -> nn.Module:
@@ -142,7 +182,7 @@ def _packed_tensors(layer: SparseLinear24) -> list[torch.Tensor]:
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------
-def _check_model(model: nn.Module) -> None:
+def _refuse_adapters(model: nn.Module) -> None:
     from peft import PeftModel  # here: it is slow to import, and only this check needs it
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -151,6 +191,9 @@ def _check_model(model: nn.Module) -> None:
             f"{type(model).__name__} carries a PEFT adapter; merge it first (model = model.merge_and_unload()), then "
             "compress the merged model"
         )
+
+
+def _check_model(model: nn.Module) -> None:
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not isinstance(quantizer, PackedQuantizer):
         method = quantizer.quantization_config.quant_method

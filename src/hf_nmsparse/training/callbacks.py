@@ -55,7 +55,8 @@ class MaskScheduleCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs
     ) -> None:
         layers = list(trained_layers(model))
-        if not layers:
+        # Terms may train beside a mask that stays as it is.
+        if not any(".nmsparse_" in name and p.requires_grad for name, p in model.named_parameters()):
             raise ConfigError(
                 "MaskScheduleCallback found no trainable mask on the model; wrap it with "
                 "get_peft_model(model, NMSparseConfig(...)) before training"

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -19,6 +20,8 @@ from ..criteria import Criterion, PruneReport, Target, get_criterion, known_crit
 from ..errors import ConfigError, UnsupportedError
 from ..hub.mask_file import read_mask
 from ..hub.masks import active_mask, match_to_model
+
+logger = logging.getLogger(__name__)
 
 
 def set_prior(
@@ -115,6 +118,8 @@ def _published_masks(
         raise ConfigError(f"{source} is a {mask.config.pattern} mask, the adapter's pattern is {pattern}")
     if missing := sorted(set(layers) - set(mask.layers)):
         raise ConfigError(f"{source} has no mask for {len(missing)} layers of the adapter, first {missing[:5]}")
+    if terms := sorted({container for stored in mask.layers.values() for container in stored.terms}):
+        logger.warning("only the mask of %s becomes the prior; its %s are left", source, ", ".join(terms))
     # The mask may prune more layers than the adapter.
     used = replace(mask, layers={name: mask.layers[name] for name in layers})
     codes = match_to_model(used, {name: layer.base_weight for name, layer in layers.items()})

@@ -70,7 +70,9 @@ class NMSparseTrainer(Trainer):
         # Before the callbacks that print and report, so that they see the metrics.
         callbacks.insert(0, metrics)
         if not any(isinstance(callback, MaskScheduleCallback) for callback in callbacks):
-            self.add_callback(MaskScheduleCallback())
+            schedule = MaskScheduleCallback()
+            self.add_callback(schedule)
+            schedule.on_init_end(self.args, self.state, self.control, model=self.model)  # it came too late for it
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer and move the logits, and nothing else, into a group of their own."""
