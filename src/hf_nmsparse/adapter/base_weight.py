@@ -52,7 +52,10 @@ class BaseWeight:
     @property
     def is_fused_experts(self) -> bool:
         """Whether transformers says that this holds experts (any other 3-D parameter may be a table or a kernel)."""
-        return self.num_experts is not None and isinstance(getattr(self.module, "is_transposed", None), bool)
+        floats = self.stored.is_floating_point() and self.stored.itemsize > 1
+        return (
+            self.num_experts is not None and floats and isinstance(getattr(self.module, "is_transposed", None), bool)
+        )
 
     @property
     def shape(self) -> tuple[int, int]:

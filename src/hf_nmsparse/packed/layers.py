@@ -49,7 +49,7 @@ def expert_weights(model: nn.Module) -> dict[str, nn.Parameter]:
         for path, module in model.named_modules()
         if isinstance(getattr(module, "is_transposed", None), bool)  # set by Transformers on modules of experts
         for name, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() == 3 and parameter.is_floating_point()
+        if parameter.dim() == 3 and parameter.is_floating_point() and parameter.itemsize > 1
     }
 
 
