@@ -356,7 +356,7 @@ def test_bad_masks_leave_the_model_untouched(bad_masks, error, message):
 
 
 def test_models_that_cannot_be_compressed_say_what_to_do():
-    with pytest.raises(UnsupportedError, match=r"none of the 15 linear layers is 2:4.*prune"):
+    with pytest.raises(UnsupportedError, match=r"none of the 15 linear layers can be packed as 2:4.*prune"):
         compress(tiny_llama(masked=False))
     with torch.device("meta"):
         unloaded = nn.Sequential(nn.Linear(8, 8))

@@ -168,7 +168,7 @@ def test_layers_with_odd_inputs_stay_dense_with_zeros(make_llama, tmp_path, read
     mask, masks = stored(base)
     reader(mask)
     found = load(tmp_path, mask="some/mask")
-    assert "2 linear layers stay dense with zeros" in caplog.text and f"{DOWN}: in_features=36" in caplog.text
+    assert "2 layers stay dense with zeros" in caplog.text and f"{DOWN}: in_features=36" in caplog.text
     assert torch.equal(found.get_submodule(DOWN).weight == 0, ~masks[DOWN])
     assert_same(found, packed.compress(base, masks))
 

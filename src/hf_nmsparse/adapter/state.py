@@ -166,6 +166,12 @@ class MaskState(BaseTunerLayer):
         finally:
             self._disable_adapters = before
 
+    def trains(self, adapter_name: str) -> bool:
+        """Whether logits or terms of an adapter are trained; those of a published mask are final."""
+        if self.configs[adapter_name].mask_format != "logits":
+            return False
+        return any(value.requires_grad for value in self._parameters_of(adapter_name).values())
+
     def _parameters_of(self, adapter_name: str) -> dict[str, torch.Tensor]:
         """The trainable tensors of an adapter by container name."""
         return {

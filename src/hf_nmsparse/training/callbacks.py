@@ -56,7 +56,7 @@ class MaskScheduleCallback(TrainerCallback):
     ) -> None:
         layers = list(trained_layers(model))
         # Terms may train beside a mask that stays as it is.
-        if not any(".nmsparse_" in name and p.requires_grad for name, p in model.named_parameters()):
+        if not any(layer.trains(name) for layer in mask_layers(model).values() for name in layer.configs):
             raise ConfigError(
                 "MaskScheduleCallback found no trainable mask on the model; wrap it with "
                 "get_peft_model(model, NMSparseConfig(...)) before training"
