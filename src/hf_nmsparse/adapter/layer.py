@@ -150,7 +150,7 @@ class NMSparseLayer(MaskState):
         names = list(dict.fromkeys([*self.merged_adapters, *adapter_names]))
         merged = self.hard_weight(names)
         if with_side_branch and (branch := self.side_branch(names)) is not None:
-            merged = (merged.float() + branch.dense(self.in_features).float()).to(merged.dtype)
+            merged = branch.added_to(merged)
         return merged
 
     def _write(self, weight: torch.Tensor) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 
 import torch
 
-from ..ops import NoiseKey, SideBranch, pool_blocks
+from ..ops import NoiseKey, SideBranch, add_low_rank, pool_blocks
 from .config import NMSparseConfig
 
 TERM_CONTAINERS = (
@@ -87,12 +87,10 @@ def side_branch(terms: Mapping[str, torch.Tensor], config: NMSparseConfig) -> Si
 
 
 def with_delta(weight: torch.Tensor, terms: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """`W + B A`, added in float32 and rounded once to the dtype of `weight`; W itself where there is no delta."""
+    """`W + B A`, see `ops.add_low_rank`; W itself where there is no delta."""
     if "nmsparse_delta_a" not in terms:
         return weight
-    with torch.autocast(weight.device.type, enabled=False):
-        delta = terms["nmsparse_delta_b"].float() @ terms["nmsparse_delta_a"].float()
-        return (weight.float() + delta.reshape(weight.shape)).to(weight.dtype)
+    return add_low_rank(weight, terms["nmsparse_delta_a"], terms["nmsparse_delta_b"])
 
 
 def block_projection(in_features: int, block: int) -> torch.Tensor:

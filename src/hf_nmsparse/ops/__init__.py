@@ -19,7 +19,7 @@ from .mask_sampling import hard_codes, mask_certainty, masked_weight, soft_mask
 from .philox import NoiseKey
 from .reference import top_n_mask
 from .sampler import SamplingState
-from .side_branch import SideBranch, pool_blocks
+from .side_branch import SideBranch, add_low_rank, pool_blocks
 
 __all__ = [
     "GroupCounts",
@@ -27,6 +27,7 @@ __all__ = [
     "NoiseKey",
     "SamplingState",
     "SideBranch",
+    "add_low_rank",
     "check_ids_24",
     "codes_to_mask",
     "columns_of_24",

@@ -56,6 +56,12 @@ class SideBranch:
             weight = low_rank if weight is None else weight + low_rank
         return weight
 
+    def added_to(self, weight: torch.Tensor) -> torch.Tensor:
+        """`weight` (`[out, in]`) plus the branch as a dense weight, added in float32 or wider and rounded once."""
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        added = self.apply(lambda tensor: tensor.to(weight.device, wide)).dense(weight.shape[1])
+        return (weight.to(wide) + added).to(weight.dtype)
+
     def apply(self, function: Callable[[torch.Tensor], torch.Tensor]) -> SideBranch:
         """The same branch with `function` applied to each tensor."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -85,6 +91,20 @@ def _both(
     combine: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> torch.Tensor | None:
     return combine(one, other) if one is not None and other is not None else one if one is not None else other
+
+
+def add_low_rank(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`W + B A`, added in float32 or wider and rounded once to the dtype of `weight`; differentiable.
+
+    Args:
+        weight (`torch.Tensor`): W, `[out, in]`; of experts their rows one after the other.
+        a (`torch.Tensor`): A, `[r, in]`, or `[experts, r, in]`.
+        b (`torch.Tensor`): B, `[out, r]`, or `[experts, out of one, r]`.
+    """
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    with torch.autocast(weight.device.type, enabled=False):
+        added = b.to(weight.device, wide) @ a.to(weight.device, wide)
+        return (weight.to(wide) + added.reshape(weight.shape)).to(weight.dtype)
 
 
 def pool_blocks(x: torch.Tensor, block: int) -> torch.Tensor:

@@ -36,13 +36,6 @@ def num_blocks(in_features: int, slorb_block: int) -> int:
     return -(-in_features // slorb_block)
 
 
-def add_branch(weight: torch.Tensor, branch: SideBranch) -> torch.Tensor:
-    """`weight` (`[out, in]`) plus the branch as a dense weight, added in float32 or wider and rounded once."""
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    added = branch.apply(lambda tensor: tensor.to(weight.device, wide)).dense(weight.shape[1])
-    return (weight.to(wide) + added).to(weight.dtype)
-
-
 def check_branch(name: str, branch: SideBranch, out_features: int, in_features: int) -> None:
     """Refuse a branch whose tensors do not fit a layer.
 

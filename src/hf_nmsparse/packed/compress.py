@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from .. import ops
 from ..errors import ConfigError, PatternError, UnsupportedError
 from ..ops import SideBranch
-from .branch import BRANCH_LEAVES, add_branch, check_branch, common_slorb_block, slorb_block_of
+from .branch import BRANCH_LEAVES, check_branch, common_slorb_block, slorb_block_of
 from .config import QUANT_METHOD, PackedConfig
 from .layers import TIED, dense_weight, linear_layers, log_dense, replace_modules, unpackable_layers
 from .modules import PATTERN, SparseLinear24
@@ -269,7 +269,7 @@ def _settle_dense(layer: nn.Module, mask: Callable[[], torch.Tensor], branch: Si
     if masked:
         weight.masked_fill_(mask() == 0, 0)
     if branch is not None:
-        weight.copy_(add_branch(weight, branch))
+        weight.copy_(branch.added_to(weight))
 
 
 def _attach_config(model: PreTrainedModel, slorb_block: int | None) -> None:

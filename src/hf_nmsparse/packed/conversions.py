@@ -13,7 +13,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from .. import ops
 from ..ops import SideBranch
-from .branch import BRANCH_LEAVES, add_branch, branch_tensors
+from .branch import BRANCH_LEAVES, branch_tensors
 from .layers import is_conv1d
 from .modules import PATTERN, SparseLinear24, pack_masked
 from .stored_mask import MaskOnLoad
@@ -55,7 +55,7 @@ class MaskAndPack(ConversionOps):
         branch = self.mask_on_load.mask.layers[path].branch
         if not packable:
             masked = rows.masked_fill(~keep, 0)
-            return {name: _as_stored(masked if branch is None else add_branch(masked, branch), layer)}
+            return {name: _as_stored(masked if branch is None else branch.added_to(masked), layer)}
         values, ids = pack_masked(rows, keep)
         beside = {f"{path}.{leaf}": tensor.to(values).contiguous() for leaf, tensor in branch_tensors(branch).items()}
         return {name: values, f"{name}_idx": ids, **beside}
@@ -77,7 +77,7 @@ class Unpack(ConversionOps):
         weight = ops.unpack_24(found["weight"], found["weight_idx"])
         if any(leaf in found for leaf in BRANCH_LEAVES):
             slorb, low_rank_a, low_rank_b = (found.get(leaf) for leaf in BRANCH_LEAVES)
-            weight = add_branch(weight, SideBranch(slorb, self.slorb_block, low_rank_a, low_rank_b))
+            weight = SideBranch(slorb, self.slorb_block, low_rank_a, low_rank_b).added_to(weight)
         return {full_layer_name: _as_stored(weight, _layer_of(model, full_layer_name))}
 
 

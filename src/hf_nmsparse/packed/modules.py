@@ -14,7 +14,7 @@ from .. import ops
 from ..errors import ConfigError, PatternError
 from ..ops import SideBranch
 from ..pattern import NMPattern
-from .branch import add_branch, branch_tensors, check_branch, num_blocks, rank_of, slorb_block_of
+from .branch import branch_tensors, check_branch, num_blocks, rank_of, slorb_block_of
 from .layers import dense_weight, is_conv1d
 
 PATTERN = NMPattern(2, 4)
@@ -180,7 +180,7 @@ class SparseLinear24(nn.Linear):
     def dequantize(self) -> torch.Tensor:
         """The dense weight `[out, in]` that the layer computes with, side branch and all; differentiable."""
         branch = self.branch
-        return self.sparse_weight() if branch is None else add_branch(self.sparse_weight(), branch)
+        return self.sparse_weight() if branch is None else branch.added_to(self.sparse_weight())
 
     def sparse_weight(self) -> torch.Tensor:
         """The 2:4 part of the weight, `[out, in]`, pruned positions +0; differentiable in `weight`."""

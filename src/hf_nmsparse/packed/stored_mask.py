@@ -139,15 +139,6 @@ def _check_delta(name: str, a: torch.Tensor, b: torch.Tensor, out_features: int,
         )
 
 
-def _with_delta(weight: torch.Tensor, stored: StoredLayerMask) -> torch.Tensor:
-    """`W + B A`, added in float32 or wider and rounded once."""
-    if stored.delta_a is None:
-        return weight
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    a, b = (factor.to(weight.device, wide) for factor in (stored.delta_a, stored.delta_b))
-    return (weight.to(wide) + (b @ a).reshape(weight.shape)).to(weight.dtype)
-
-
 @dataclass
 class MaskOnLoad:
     """A mask on its way onto a base that is being loaded, and what was found about the weights so far.
@@ -182,7 +173,9 @@ class MaskOnLoad:
             self._hint = self._hint or rounding_hint(weight)
         codes = ops.unpack_codes(stored.packed.to(weight.device), self.mask.pattern, weight.shape[1], name=name)
         keep = ops.codes_to_mask(codes, self.mask.pattern, weight.shape[1])
-        return _with_delta(weight, stored), keep
+        if stored.delta_a is not None:
+            weight = ops.add_low_rank(weight, stored.delta_a, stored.delta_b)
+        return weight, keep
 
     def settle(self, allow_base_mismatch: bool) -> None:
         """Say what the fingerprints told, once all weights are loaded.
