@@ -137,6 +137,8 @@ class TrainingRun:
 
     def trainer(self, model: PeftModel, arguments: TrainingArguments) -> NMSparseTrainer:
         """The Trainer of this run."""
+        from transformers import default_data_collator
+
         from ..data import TokenWindows
         from ..training import MaskMetricsCallback, NMSparseTrainer
 
@@ -147,6 +149,8 @@ class TrainingRun:
             train_dataset=TokenWindows(self.train_windows),
             eval_dataset=TokenWindows(held_out) if held_out is not None else None,
             processing_class=self.tokenizer,
+            # Windows have one length. The Trainer's own choice would pad, and many tokenizers (Llama's) cannot.
+            data_collator=default_data_collator,
             callbacks=[MaskMetricsCallback(eval_tokens=None if held_out is None else held_out[:_WATCHED_WINDOWS])],
             distillation=self.distillation,
         )

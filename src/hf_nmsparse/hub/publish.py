@@ -146,7 +146,8 @@ def check_folder(folder: str | os.PathLike, pattern: str | None = None) -> Publi
     if report.kind == "mask":
         base = read_mask(folder).config.base_model_name_or_path
         if base is None or Path(base).exists():
-            logger.warning("the mask names %r as its base model, which others will not find; use a Hub id", base)
+            named = "no base model" if base is None else f"{base!r} as its base model, which others will not find"
+            logger.warning("the mask names %s; put it on a model loaded by its Hub id before publishing", named)
     paths = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
     files = {path.name: path for path in paths if path.is_file() and is_publishable(path.name)}
     return Publication(report, files, [path.name for path in paths if path.name not in files])
