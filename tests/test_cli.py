@@ -59,7 +59,7 @@ def inputs(tmp_path_factory) -> Path:
     vocabulary = {"<eos>": 0, "<unk>": 1, **{word: index for index, word in enumerate(words, start=2)}}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = {"eos_token": "<eos>", "pad_token": "<eos>", "unk_token": "<unk>"}
+    special = {"eos_token": "<eos>", "unk_token": "<unk>"}  # no padding token, as Llama's have none
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder / "base")
     config = LlamaConfig(
         hidden_size=32,
