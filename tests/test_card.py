@@ -114,7 +114,7 @@ def test_code_imports_the_plugin_first_and_parses(kind):
     assert {"mask": "KeyError", "packed": "RuntimeError"}[kind] in text
 
 
-@pytest.mark.parametrize("kind", ["mask", "packed"])
+@pytest.mark.parametrize("kind", ["mask", "packed", "masked"])
 def test_empty_results_make_a_valid_card_without_claims(kind, tmp_path):
     text = card_text(RunResults(), kind)
     card = load(text, tmp_path)
@@ -130,7 +130,7 @@ def test_empty_results_make_a_valid_card_without_claims(kind, tmp_path):
      "perplexity_tokens", "perplexity_sequence_length", "mask_bits_per_weight", "mask_bits_bound", "packed_ratio", "sizes",
      "reload_bit_equal", "base_unchanged", "steps", "speed", "command", "environment"],
 )  # fmt: skip
-@pytest.mark.parametrize("kind", ["mask", "packed"])
+@pytest.mark.parametrize("kind", ["mask", "packed", "masked"])
 def test_each_missing_field_is_called_not_measured(field, kind, tmp_path):
     text = card_text(sample_results(**{field: getattr(RunResults(), field)}), kind)
     load(text, tmp_path)
@@ -154,7 +154,7 @@ def test_folder_that_looks_like_a_hub_id_is_no_hub_id(tmp_path, monkeypatch):
     assert load(card_text(sample_results(base_model="runs/base"), "mask"), tmp_path).data.base_model is None
 
 
-@pytest.mark.parametrize("kind", ["mask", "packed"])
+@pytest.mark.parametrize("kind", ["mask", "packed", "masked"])
 def test_hostile_text_breaks_neither_metadata_nor_page(kind, tmp_path):
     keyed = {HOSTILE: HOSTILE, "evaluation": HOSTILE}
     results = RunResults(
@@ -237,5 +237,61 @@ def test_write_card_replaces_the_readme(tmp_path):
 
 
 def test_unknown_kind_is_refused():
-    with pytest.raises(ConfigError, match="'mask' or 'packed'"):
+    with pytest.raises(ConfigError, match="'mask', 'packed' or 'masked'"):
         card_text(RunResults(), "dense")
+
+
+# --- masked models --------------------------------------------------------------------------------------------------
+def test_a_masked_model_loads_without_the_plugin_and_is_told_as_large_as_the_dense_one(tmp_path):
+    results = sample_results(kept_weights="keep", perplexity={"dense": 24.45, "masked": 57.3})
+    text = card_text(results, "masked", repo_id=REPO)
+    card = load(text, tmp_path)
+    assert card.data.library_name == "transformers" and card.data.base_model == results.base_model
+    assert "base_model_relation" not in card.data and "semi-structured-sparsity" in card.data.tags
+    plain, packing = code_blocks(text, "python")
+    for block in (plain, packing):
+        ast.parse(block)
+    assert "hf_nmsparse" not in plain and f'from_pretrained("{REPO}")' in plain
+    assert "nms.compress(model)" in packing and "nmsparse compress" in text
+    assert "2 of every 4 consecutive weights are kept" in text and "bit-equal to those of the base" in text
+    assert "the size and the speed of the dense one" in text and "faster" not in text
+    assert "57.3" in text and "import of `hf_nmsparse` has to come first" not in text
+    assert card.data.eval_results[0].metric_value == 57.3
+
+
+def test_what_became_of_kept_weights_is_told_of_models_and_not_of_masks():
+    for kind, told in (("masked", True), ("packed", True), ("mask", False)):
+        for value, words in (
+            ("keep", "bit-equal to those"),
+            ("update", "new values by sparsegpt"),
+            ("refit", "fitted anew"),
+        ):
+            assert (words in card_text(sample_results(kept_weights=value, method="sparsegpt"), kind)) == told
+        text = card_text(sample_results(permuted_layers=["a.down_proj"], dense_budget=0.1), kind)
+        assert ("another order" in text and "a.down_proj" in text and "up to 10 % of the bytes" in text) == told
+
+
+@pytest.mark.parametrize(
+    ("pattern", "packs", "words"),
+    [
+        ("60%", False, "60% of the weights"),
+        ("4:8", False, "4 of every 8"),
+        ("1:4", True, "1 of every 4"),
+        (None, False, "pruned"),
+    ],
+)
+def test_only_what_can_be_packed_is_told_to_be(pattern, packs, words, tmp_path):
+    text = card_text(sample_results(pattern=pattern), "masked")
+    data = load(text, tmp_path).data
+    assert (
+        words in text
+        and ("nms.compress" in text) == packs
+        and ("cannot be packed" in text) == (not packs and bool(pattern))
+    )
+    assert ("semi-structured-sparsity" in data.tags) == (pattern != "60%")
+
+
+def test_a_merged_side_branch_is_told_to_make_dense_weights():
+    text = card_text(sample_results(terms=TERMS, sparse_layers=[]), "masked")
+    assert "These are dense" in text and "compress the base model with its mask" in text and "are zero" not in text
+    assert "nms.compress(model)" not in text

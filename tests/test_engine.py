@@ -22,11 +22,22 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from hf_nmsparse.criteria import Criterion, InputStatistics, Target, Wanda, find_weights, get_criterion, prune, walk
+from hf_nmsparse.criteria import (
+    Criterion,
+    InputStatistics,
+    Target,
+    WalkOptions,
+    Wanda,
+    find_weights,
+    get_criterion,
+    prune,
+    walk,
+)
 from hf_nmsparse.errors import ConfigError, NMSparseError, PatternError, UnsupportedError
 from hf_nmsparse.pattern import NMPattern
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128}
+QUIET = WalkOptions(progress=False)
 
 
 def llama(dtype: torch.dtype = torch.float32, **options) -> LlamaForCausalLM:
@@ -89,10 +100,10 @@ class Spy(Wanda):
         self.needs = needs
         self.seen: dict[str, InputStatistics] = {}
 
-    def block_masks(self, weights, statistics, pattern):
+    def choose_block(self, inputs):
         assert not torch.is_autocast_enabled("cpu")
-        self.seen.update(statistics)
-        yield from super().block_masks(weights, statistics, pattern)
+        self.seen.update(inputs.statistics)
+        yield from super().choose_block(inputs)
 
 
 def naive_prune(model: nn.Module, criterion: str, pattern: NMPattern, calibration: torch.Tensor) -> None:
@@ -147,7 +158,7 @@ def test_kept_weights_are_bit_equal_and_pruned_ones_are_plus_zero(criterion):
     dense = copy.deepcopy(model)
     prune(model, criterion, "2:4", tokens(), progress=False)
     for name, target in find_weights(model).items():
-        before, after = dense.get_submodule(name).weight, target.weight
+        before, after = dense.get_submodule(name).weight, target.dense()
         kept = after != 0
         assert torch.equal(after[kept], before[kept])
         assert not bool(torch.signbit(after[~kept]).any())
@@ -199,10 +210,10 @@ def test_only_the_hidden_states_of_one_block_are_kept():
     class Counting(Spy):
         name = "counting"
 
-        def block_masks(self, weights, statistics, pattern):
+        def choose_block(self, inputs):
             shapes = [x.shape for x in gc.get_objects() if type(x) is torch.Tensor]
             alive.append(shapes.count(torch.Size([8, 19, 32])))
-            return super().block_masks(weights, statistics, pattern)
+            return super().choose_block(inputs)
 
     prune(llama(num_hidden_layers=3), Counting(), "2:4", tokens(32, 19), progress=False)
     assert alive == [4, 4, 4]  # 32 samples in batches of 8
@@ -411,8 +422,10 @@ def targets_of(
     made = []
     for name in names:
         module = model.get_submodule(name)
-        weight = (lambda module=module: module.weight.clone()) if getter else module.weight
-        made.append(Target(name, module, weight, lambda mask, name=name: masks.__setitem__(name, mask)))
+        computed = (lambda module=module: module.weight.clone()) if getter else None
+        made.append(
+            Target(name, module, lambda choice, name=name: masks.__setitem__(name, choice.mask), computed=computed)
+        )
     return made
 
 
@@ -420,7 +433,7 @@ def targets_of(
 def test_walk_hands_out_masks_and_changes_nothing_itself(getter):
     model, pruned, masks = llama(), llama(), {}
     names = list(find_weights(model))
-    walk(model, targets_of(model, names, masks, getter), "wanda", "2:4", tokens(), progress=False)
+    walk(model, targets_of(model, names, masks, getter), "wanda", "2:4", tokens(), options=QUIET)
     assert_untouched(model, llama())
     prune(pruned, "wanda", "2:4", tokens(), progress=False)
     assert all(torch.equal(masks[name], pruned.get_submodule(name).weight != 0) for name in names)
@@ -430,9 +443,9 @@ def test_targets_outside_the_blocks_never_called_or_repeated_are_refused_before_
     model, masks = llama(), {}
     names = list(find_weights(model))
     with pytest.raises(UnsupportedError, match=r"^lm_head \(1 such layers\) is outside the blocks 'model\.layers'"):
-        walk(model, targets_of(model, [*names, "lm_head"], masks), "wanda", "2:4", tokens(), progress=False)
+        walk(model, targets_of(model, [*names, "lm_head"], masks), "wanda", "2:4", tokens(), options=QUIET)
     with pytest.raises(ConfigError, match=r"targets repeat: model\.layers\.0\.self_attn\.q_proj"):
-        walk(model, targets_of(model, names[:1] * 2, masks), "wanda", "2:4", tokens(), progress=False)
+        walk(model, targets_of(model, names[:1] * 2, masks), "wanda", "2:4", tokens(), options=QUIET)
     model.model.layers[1].unused = nn.Linear(8, 8)
     with pytest.raises(UnsupportedError, match=r"^model\.layers\.1\.unused was never called during calibration"):
         walk(
@@ -441,7 +454,7 @@ def test_targets_outside_the_blocks_never_called_or_repeated_are_refused_before_
             "wanda",
             "2:4",
             tokens(),
-            progress=False,
+            options=QUIET,
         )
     assert masks == {}
 
@@ -450,7 +463,7 @@ def test_a_part_of_the_layers_can_be_targets():
     model, masks, spy = llama(num_hidden_layers=3), {}, Spy()
     ran = []
     model.model.layers[2].register_forward_pre_hook(lambda *_: ran.append(torch.is_grad_enabled()))
-    walk(model, targets_of(model, ["model.layers.1.mlp.up_proj"], masks), spy, "2:4", tokens(), progress=False)
+    walk(model, targets_of(model, ["model.layers.1.mlp.up_proj"], masks), spy, "2:4", tokens(), options=QUIET)
     assert list(masks) == list(spy.seen) == ["model.layers.1.mlp.up_proj"]
     assert len(ran) == 2  # the last block is only recorded, once a batch; nothing behind the last target is run
 
@@ -464,10 +477,10 @@ def test_a_criterion_can_choose_the_masks_of_a_block_jointly():
         def mask(self, weight, statistics, pattern):
             raise AssertionError("not used")
 
-        def block_masks(self, weights, statistics, pattern):
-            blocks.append(list(weights))
-            for name in reversed(weights):
-                yield name, Wanda().mask(weights[name], statistics[name], pattern)
+        def choose_block(self, inputs):
+            blocks.append(list(inputs.weights))
+            for name in reversed(inputs.weights):
+                yield name, Wanda().choose(inputs.weights[name], inputs.statistics[name], inputs.pattern)
 
     model, reference = llama(), llama()
     prune(model, Joint, "2:4", tokens(), progress=False)
@@ -480,8 +493,8 @@ def test_a_criterion_that_forgets_a_layer_is_named():
     class Forgetful(Wanda):
         name = "forgetful"
 
-        def block_masks(self, weights, statistics, pattern):
-            yield from list(super().block_masks(weights, statistics, pattern))[1:]
+        def choose_block(self, inputs):
+            yield from list(super().choose_block(inputs))[1:]
 
     with pytest.raises(PatternError, match=r"'forgetful' gave no mask for model\.layers\.0\.self_attn\.q_proj"):
         prune(llama(), Forgetful(), "2:4", tokens(), progress=False)
@@ -510,5 +523,5 @@ def test_every_stack_that_holds_targets_is_walked_and_one_that_is_never_run_is_n
     model.extra = nn.ModuleList([nn.Linear(32, 32, bias=False)])
     names = ["model.layers.1.mlp.up_proj", "extra.0"]
     with pytest.raises(UnsupportedError, match=r"^the blocks 'extra' were never called during calibration"):
-        walk(model, targets_of(model, names, {}), "wanda", "2:4", tokens(), progress=False)
+        walk(model, targets_of(model, names, {}), "wanda", "2:4", tokens(), options=QUIET)
     assert "extra.0" not in find_weights(model)  # of a model without an encoder only the largest stack is pruned

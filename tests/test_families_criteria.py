@@ -20,8 +20,9 @@ from hf_nmsparse.criteria import (
     InputStatistics,
     Polish,
     Target,
+    WalkOptions,
     Wanda,
-    expert_views,
+    expert_view,
     find_stacks,
     find_weights,
     prune,
@@ -38,6 +39,7 @@ STACKS = {
     "t5": ["encoder.block", "decoder.block"],
 }
 EXPERTS = ["mixtral", "qwen3_moe"]
+QUIET = WalkOptions(progress=False)
 
 
 def stacks_of(name: str) -> list[str]:
@@ -81,9 +83,9 @@ class Spy(Wanda):
     def __init__(self) -> None:
         self.seen: dict[str, InputStatistics] = {}
 
-    def block_masks(self, weights, statistics, pattern):
-        self.seen.update(statistics)
-        yield from super().block_masks(weights, statistics, pattern)
+    def choose_block(self, inputs):
+        self.seen.update(inputs.statistics)
+        yield from super().choose_block(inputs)
 
 
 def spied(model: nn.Module, batches, **options) -> dict[str, InputStatistics]:
@@ -189,8 +191,8 @@ def test_a_failure_at_the_last_weight_leaves_the_model_as_it_was(name):
     class FailsAtLast(Wanda):
         name = "fails_at_last"
 
-        def block_masks(self, weights, statistics, pattern):
-            for layer, mask in super().block_masks(weights, statistics, pattern):
+        def choose_block(self, inputs):
+            for layer, mask in super().choose_block(inputs):
                 if layer == last:
                     raise RuntimeError("late")
                 yield layer, mask
@@ -292,7 +294,7 @@ MIXTURES = {**{name: FAMILIES[name] for name in EXPERTS}, "gpt_oss": gpt_oss}
 
 def hidden_in_expert(experts: nn.Module, expert: int, x: torch.Tensor) -> torch.Tensor:
     """What `down_proj` of one expert multiplies, written out."""
-    up = x @ expert_views(experts, "gate_up_proj")[expert].T
+    up = x @ expert_view(experts, expert, experts.gate_up_proj).T
     if experts.has_bias:
         up = up + experts.gate_up_proj_bias[expert]
     return experts._apply_gate(up)
@@ -350,9 +352,10 @@ def test_transposed_experts_are_pruned_along_their_inputs():
 
 
 @pytest.mark.parametrize("name", MIXTURES)
-def test_expert_views_are_out_by_in_and_share_the_memory_of_the_parameter(name):
+def test_views_of_experts_are_out_by_in_and_share_the_memory_of_the_parameter(name):
     experts = MIXTURES[name]().model.layers[0].mlp.experts
-    views, inner = expert_views(experts, "down_proj"), expert_views(experts, "gate_up_proj")[0].shape[0] // 2
+    views = [expert_view(experts, number, experts.down_proj) for number in range(4)]
+    inner = expert_view(experts, 0, experts.gate_up_proj).shape[0] // 2
     assert [tuple(view.shape) for view in views] == [(32, inner)] * 4
     views[2].data.zero_()
     assert bool((experts.down_proj[2] == 0).all()) and not bool((experts.down_proj[1] == 0).any())
@@ -373,9 +376,9 @@ def test_experts_can_be_left_dense_by_module_parameter_and_number(entry, left):
 def test_the_weight_of_an_expert_must_be_a_view():
     model = FAMILIES["mixtral"]()
     module = model.model.layers[0].mlp.experts
-    target = Target("experts.0", module, lambda: module.down_proj[0].clone(), print, expert=0)
+    target = Target("experts.0", module, print, computed=lambda: module.down_proj[0].clone(), expert=0)
     with pytest.raises(UnsupportedError, match=r"^experts\.0: the weight of an expert is a view of a parameter"):
-        walk(model, [target], "wanda", "2:4", [inputs_for("mixtral")], progress=False)
+        walk(model, [target], "wanda", "2:4", [inputs_for("mixtral")], options=QUIET)
 
 
 def test_experts_of_unknown_layout_are_left_dense_and_named(caplog):

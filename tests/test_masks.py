@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from families import FAMILIES, inputs_for
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -15,7 +16,7 @@ import hf_nmsparse as nms
 from hf_nmsparse import NMSparseConfig, ops
 from hf_nmsparse.adapter import mask_layers
 from hf_nmsparse.errors import BaseModelMismatchError, ConfigError, FormatError
-from hf_nmsparse.fingerprint import digest
+from hf_nmsparse.fingerprint import digest, fingerprint
 
 FILE = "adapter_model.safetensors"
 LAYER = "model.layers.1.mlp.down_proj"
@@ -474,3 +475,55 @@ def test_configs_with_values_of_another_kind_are_refused(published, base_folder,
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises((FormatError, ConfigError), match=next(iter(change))):
         nms.load_mask(load_base(base_folder), folder)
+
+
+# --- masks of one-shot pruning ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("family", "pattern"),
+    [("llama", "2:4"), ("llama", "2:3"), ("gpt2", "2:4"), ("mixtral", "2:4"), ("mixtral", "1:4")],
+)
+def test_the_mask_of_a_report_on_the_base_is_the_pruned_model(tmp_path, family, pattern):
+    model, tokens = FAMILIES[family](), inputs_for(family)["input_ids"]
+    model.save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    report = nms.prune(model, "wanda", pattern, calibration=tokens, progress=False)
+    folder = nms.save_mask(model, tmp_path / "mask", report=report)
+    expected = model(tokens).logits
+    for door in (through_load_mask, through_peft, through_auto_peft, through_load_adapter):
+        assert torch.equal(door(tmp_path / "base", folder)(tokens).logits, expected)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "base") and config["prior"] == "wanda"
+    experts = [name for name, codes in report.codes.items() if codes.fused_experts]
+    assert bool(experts) == (family == "mixtral") and (config["target_parameters"] or []) == experts
+    assert set(config["target_modules"]) == set(report.codes) - set(experts)
+    assert ("Fused experts" in (folder / "README.md").read_text()) == bool(experts)
+    if pattern == "2:4":
+        assert nms.verify(folder).ok
+        packed = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "base", quantization_config=nms.PackedConfig(mask=folder)
+        )
+        assert torch.equal(nms.decompress(packed)(tokens).logits, expected)
+
+
+def test_the_mask_of_a_report_belongs_to_the_dense_weights_though_kept_ones_got_new_values(
+    base_folder, tmp_path, tokens
+):
+    base = load_base(base_folder)
+    model = load_base(base_folder)
+    report = nms.prune(model, "sparsegpt", calibration=tokens, progress=False)
+    folder = nms.save_mask(nms.compress(model), tmp_path / "mask", report=report)  # packed by now
+    masked = nms.load_mask(load_base(base_folder), folder).merge_and_unload()
+    for name in report.codes:
+        dense, kept = base.get_submodule(name).weight, masked.get_submodule(name).weight != 0
+        assert torch.equal(masked.get_submodule(name).weight, dense * kept)
+        assert torch.equal(report.codes[name].base, fingerprint(dense))
+
+
+def test_a_report_without_codes_is_no_mask(llama, tmp_path, tokens):
+    report = nms.prune(llama, "magnitude", "50%", progress=False)
+    with pytest.raises(ConfigError, match="holds no mask to publish: 50% has no groups"):
+        nms.save_mask(llama, tmp_path / "mask", report=report)
+    model = get_peft_model(llama, NMSparseConfig())
+    with pytest.raises(ConfigError, match="report= is for a plain pruned model"):
+        nms.save_mask(model, tmp_path / "mask", report=report)
+    assert not (tmp_path / "mask").exists()

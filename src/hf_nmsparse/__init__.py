@@ -27,6 +27,7 @@ packed.register(mask_reader=_read_mask_for_packing)
 # Rooms that need the Trainer or are not always used are imported when first asked for.
 _LAZY = {
     "prune": "criteria",
+    "sensitivity": "criteria",
     "perplexity": "evaluation",
     "compress": "hub",
     "decompress": "hub",

@@ -157,6 +157,18 @@ def pack_codes(codes: torch.Tensor, pattern: NMPattern, in_features: int) -> tor
     return packed[:, : pattern.packed_row_bytes(in_features)].contiguous()
 
 
+def pack_bits(mask: torch.Tensor) -> torch.Tensor:
+    """A mask of no pattern, one bit a weight: bool `[out, in]` -> uint8 `[out, ceil(in / 8)]`, lowest bit first."""
+    bits = F.pad(mask.to(torch.uint8), (0, -mask.shape[1] % 8)).unflatten(1, (-1, 8))
+    return (bits << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(-1, dtype=torch.uint8)
+
+
+def unpack_bits(packed: torch.Tensor, in_features: int) -> torch.Tensor:
+    """The mask of `pack_bits`, bool `[out, in]`."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    return ((packed[:, :, None] >> shifts) & 1).flatten(1)[:, :in_features].bool()
+
+
 def unpack_codes(
     packed: torch.Tensor, pattern: NMPattern, in_features: int, name: str = "mask", check: bool = True
 ) -> torch.Tensor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The n:m pattern: **n weights kept** of every m consecutive ones along the input dimension."""
+"""The n:m pattern: **n weights kept** of every m consecutive ones along the input dimension. And sparsity without one."""
 
 from __future__ import annotations
 
@@ -143,6 +143,57 @@ class NMPattern:
         while _bytes_for(self.num_candidates, left + 1) <= rest:
             left += 1
         return full * k + left
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """Sparsity without groups: a share of a layer's weights is pruned, wherever they are.
+
+    Args:
+        sparsity (`float`): share of weights *pruned*, over 0 and below 1.
+
+    Raises:
+        PatternError: for another share.
+    """
+
+    sparsity: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sparsity < 1:
+            raise PatternError(
+                f"sparsity {self.sparsity:.0%}: expected more than 0 % and less than 100 % of weights pruned"
+            )
+
+    def __str__(self) -> str:
+        return f"{100 * self.sparsity:g}%"
+
+    @property
+    def density(self) -> float:
+        """Share of weights kept."""
+        return 1 - self.sparsity
+
+    def num_pruned(self, weights: int) -> int:
+        """How many of so many weights are pruned, rounded down."""
+        # The nearest float of a share like 0.7 can lie below it, and 7 of 10 must not become 6.
+        return int(weights * self.sparsity + 1e-6)
+
+
+Pattern = NMPattern | Unstructured
+
+
+def parse_pattern(pattern: str | Pattern) -> Pattern:
+    """`"2:4"` -> `NMPattern`, 2 kept of 4; `"60%"` -> `Unstructured`, 60 % pruned; patterns pass through.
+
+    Raises:
+        PatternError: if it is neither.
+    """
+    if isinstance(pattern, Unstructured):
+        return pattern
+    if isinstance(pattern, str) and (match := re.fullmatch(r"\s*(\d{1,2}(?:\.\d+)?)\s*%\s*", pattern)):
+        return Unstructured(float(match[1]) / 100)
+    if isinstance(pattern, str) and "%" in pattern:
+        raise PatternError(f"pattern {pattern!r}: expected a share of pruned weights below 100 %, for example '60%'")
+    return NMPattern(pattern)
 
 
 # The tables are made once and kept, so they name their device: under `torch.device("meta")` they would be kept empty.

@@ -27,15 +27,20 @@ MISSING = "not measured"
 @dataclass
 class RunResults:
     """Everything that is known about one pruned model or mask. A field that is `None` or empty was not measured; only of
-    terms and fused experts there are often none.
+    terms, fused experts and permuted layers there are often none.
 
     Args:
         base_model (`str`, *optional*): Hub id or name of the dense model.
         base_revision (`str`, *optional*): its commit.
-        pattern (`str`, *optional*): for example `"2:4"`.
+        pattern (`str`, *optional*): for example `"2:4"`; or the share of weights that is pruned wherever they are, `"60%"`.
         method (`str`, *optional*): criterion or relaxation that gave the mask, for example `"candidates (prior polish)"`.
+        kept_weights (`str`, *optional*): what was done with them: `"keep"`: nothing, `"update"`: the method gave them new
+            values, `"refit"`: they were fitted anew under the mask.
+        permuted_layers (`list[str]`): pruned layers whose input channels were put into another order first.
         sparse_layers (`list[str]`): names of the pruned layers.
         dense_layers (`list[str]`): linear layers left unpruned.
+        dense_budget (`float`, *optional*): share of the bytes of prunable layers that the most sensitive of them were
+            allowed to stay dense with.
         terms (`dict[str, int]`): what was trained besides the mask -> its size: "slorb_block" (inputs of a block) and
             "slorb_train_projection" (1), "low_rank" and "delta_rank" (ranks).
         fused_experts (`list[str]`): pruned weights that hold the experts of a block.
@@ -64,8 +69,11 @@ class RunResults:
     base_revision: str | None = None
     pattern: str | None = None
     method: str | None = None
+    kept_weights: str | None = None
+    permuted_layers: list[str] = field(default_factory=list)
     sparse_layers: list[str] = field(default_factory=list)
     dense_layers: list[str] = field(default_factory=list)
+    dense_budget: float | None = None
     terms: dict[str, int] = field(default_factory=dict)
     fused_experts: list[str] = field(default_factory=list)
     data: dict[str, str] = field(default_factory=dict)
@@ -93,7 +101,7 @@ class RunResults:
 
     @property
     def parsed_pattern(self) -> NMPattern | None:
-        """The pattern as an `NMPattern`, or `None` when the results name none that can be read."""
+        """The pattern as an `NMPattern`, or `None` when the results name none that can be read, or sparsity without groups."""
         if self.pattern is None:
             return None
         try:

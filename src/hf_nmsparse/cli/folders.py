@@ -16,6 +16,7 @@ from .common import size
 
 RESULTS_FILE = "results.json"
 CHECKPOINTS = "checkpoints"
+MASK_FOLDER = "mask"  # the mask of a pruned model, inside its folder
 
 # Files that say what a folder holds. Left over from an artefact that was replaced, they would make it another one.
 _TELLING = (
@@ -125,7 +126,8 @@ def holds_files(folder: Path) -> bool:
 def output_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty folder; its files come to `folder` when the body succeeds, and replace the artefact there.
 
-    Files of `folder` that tell nothing of what it holds (notes, checkpoints) stay. Call `check_output` first.
+    Files of `folder` that tell nothing of what it holds (notes, checkpoints) stay; the mask of an earlier model does not.
+    Call `check_output` first.
     """
     with staged_folder(folder) as staging:
         yield staging
@@ -134,6 +136,8 @@ def output_folder(folder: Path) -> Iterator[Path]:
         for path in folder.glob(pattern):
             if path.name not in written:
                 path.unlink()
+    if MASK_FOLDER not in written and (folder / MASK_FOLDER / "adapter_config.json").is_file():
+        shutil.rmtree(folder / MASK_FOLDER)
 
 
 def remove_checkpoints(folder: Path) -> None:

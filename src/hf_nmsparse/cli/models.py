@@ -80,19 +80,43 @@ def empty_model(source: str) -> nn.Module:
         return AutoModelForCausalLM.from_config(config)
 
 
-def load_model(source: str, dtype: Dtype = Dtype.AUTO, device: str | None = "cpu") -> nn.Module:
-    """A causal language model, dense or packed, in eval mode. `device=None`: a GPU if there is one."""
-    import torch
+def load_model(
+    source: str,
+    dtype: Dtype = Dtype.AUTO,
+    device: str | None = "cpu",
+    device_map: dict[str, str] | None = None,
+    offload_folder: Path | None = None,
+) -> nn.Module:
+    """A causal language model, dense or packed, in eval mode.
+
+    Args:
+        source (`str`): Hub id or folder.
+        dtype (`Dtype`): to load it in.
+        device (`str`, *optional*): where to; `None`: a GPU if there is one.
+        device_map (`dict[str, str]`, *optional*): instead of `device`, where each part goes, "disk" among them.
+        offload_folder (`Path`, *optional*): for what stays on disk and is not stored as the model has it (fused experts).
+    """
     from transformers import AutoModelForCausalLM
 
     quiet_unless_watched()
     _refuse_adapter(source)
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device_map is not None:  # whoever asked for "disk" knows that parameters are offloaded
+        logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
     with fetching(source):
         return AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype.value, use_safetensors=True, device_map=device
+            source,
+            dtype=dtype.value,
+            use_safetensors=True,
+            device_map=device_map or chosen_device(device),
+            offload_folder=offload_folder,
         ).eval()
+
+
+def chosen_device(device: str | None) -> str:
+    """The device that was named, else a GPU if there is one."""
+    import torch
+
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _refuse_adapter(source: str) -> None:

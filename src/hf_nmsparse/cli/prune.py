@@ -3,16 +3,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from enum import Enum
+from typing import Annotated
 
 import typer
 
-from ..errors import ConfigError
-from .common import Answer, new_results, size, table, verb
-from .folders import Kind, check_output, written_line
-from .models import empty_model, load_model, load_tokenizer, revision_of, stream, window_length
+from .common import verb
+from .folders import Kind, check_output
 from .options import (
     TEXT_HELP,
     DenseLayersOption,
@@ -25,25 +22,85 @@ from .options import (
     ModelArgument,
     OutputOption,
     OverwriteOption,
-    PatternOption,
     listed,
 )
-from .writing import write_model
+from .pruning_options import PruningOptions
+from .pruning_run import PruningRun
+from .unfinished import Unfinished
 
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
 
-    from ..criteria import PruneReport
-    from ..results import RunResults
+class Weights(str, Enum):
+    """What becomes of kept weights."""
 
-CriterionOption = Annotated[str, typer.Option("--criterion", help="magnitude, wanda, polish, ...")]
+    UPDATE = "update"
+    KEEP = "keep"
+    REFIT = "refit"
+
+
+class Inputs(str, Enum):
+    """What enters a block during calibration."""
+
+    PRUNED = "pruned"
+    DENSE = "dense"
+
+
+CriterionOption = Annotated[
+    str, typer.Option("--criterion", help="magnitude, wanda, ria, sparsegpt, sparsellm, polish.")
+]
+StartOption = Annotated[
+    str | None, typer.Option("--start", metavar="CRITERION", help="Whose mask polish starts from; by default wanda's.")
+]
+PatternOption = Annotated[
+    str, typer.Option("--pattern", metavar="N:M", help="N weights kept of each M; or a share to prune, such as 60%.")
+]
+WeightsOption = Annotated[
+    Weights,
+    typer.Option(
+        "--weights",
+        help="Kept weights: update, new values from criteria that have them (sparsegpt, sparsellm); keep, unchanged; "
+        "refit, fitted to the dense outputs after the mask is chosen.",
+    ),
+]
+InputsOption = Annotated[
+    Inputs,
+    typer.Option(
+        "--inputs", help="What enters a block: outputs of the pruned blocks before it, or of the dense ones (faster)."
+    ),
+]
+BlocksOption = Annotated[
+    str | None,
+    typer.Option("--layers", metavar="RANGE", help="Prune these blocks only: FIRST:LAST without LAST, such as 0:50%."),
+]
+PermuteOption = Annotated[
+    bool,
+    typer.Option(
+        "--permute-channels",
+        help="First reorder channels so that important weights compete less, where that is exact.",
+    ),
+]
+BudgetOption = Annotated[
+    str | None,
+    typer.Option(
+        "--dense-budget",
+        metavar="SHARE",
+        help="Measure what pruning each layer does, and leave the worst dense, up to this share of the bytes: 10%.",
+    ),
+]
 CalibrationOption = Annotated[
     str | None,
     typer.Option("--calibration", metavar="TEXT", help=TEXT_HELP),
 ]
 SamplesOption = Annotated[int, typer.Option("--samples", min=1, help="Calibration windows.")]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of the choice of windows.")]
+MemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        "--max-memory",
+        metavar="SIZE",
+        help="Weights to have in memory, such as 12GB; other blocks stay on disk and are loaded one at a time. By default "
+        "half of the free memory.",
+    ),
+]
 PackedOption = Annotated[
     bool, typer.Option("--packed/--dense", help="Write packed 2:4 layers, or dense ones with zeros.")
 ]
@@ -53,123 +110,69 @@ def prune(
     model: ModelArgument,
     output: OutputOption,
     criterion: CriterionOption = "wanda",
+    start: StartOption = None,
     pattern: PatternOption = "2:4",
+    weights: WeightsOption = Weights.UPDATE,
+    inputs: InputsOption = Inputs.PRUNED,
     calibration: CalibrationOption = None,
     samples: SamplesOption = 128,
     sequence_length: LengthOption = None,
     seed: SeedOption = 0,
     dense_layers: DenseLayersOption = None,
+    dense_budget: BudgetOption = None,
+    layers: BlocksOption = None,
+    permute_channels: PermuteOption = False,
     dtype: DtypeOption = Dtype.AUTO,
     device: DeviceOption = None,
+    max_memory: MemoryOption = None,
     packed: PackedOption = False,
     overwrite: OverwriteOption = False,
     dry_run: DryRunOption = False,
     json_output: JsonOption = False,
 ) -> None:
-    """Prune a model in one shot, and write it with its tokenizer and what was measured.
+    """Prune a model in one shot. DIR gets the model, its tokenizer, card and results.json, and in DIR/mask its mask.
+
+    The mask belongs to the model as it was: it goes on there with load_mask, PEFT, merge or compress. There is none of a
+    share such as 60%, and none after --permute-channels.
+
+    A model larger than the memory stays on disk, and its blocks are loaded one at a time. Finished blocks are kept in
+    .DIR.unfinished beside DIR until DIR is written: after a kill the same command goes on there. With other options it is
+    refused, and --overwrite starts anew.
 
     Example: nmsparse prune HuggingFaceTB/SmolLM2-135M --criterion wanda --calibration
     Salesforce/wikitext:wikitext-2-raw-v1 --output smollm2-wanda
+
+    Example: nmsparse prune Qwen/Qwen3-8B --criterion polish --start sparsegpt --weights refit --dense-budget 10%
+    --calibration text.txt --max-memory 12GB --packed --output qwen3-packed
     """
     with verb(json_output) as answer:
-        from ..criteria import find_weights, get_criterion, prune
-
         kind = Kind.PACKED if packed else Kind.MODEL
         check_output(output, kind, overwrite, [model])
-        needs_text = get_criterion(criterion).needs != "nothing"
-        check_pattern(pattern, packed)
-        if needs_text and calibration is None:
-            raise ConfigError(f"criterion {criterion!r} needs calibration text; add --calibration")
-        if dry_run:
-            linears = find_weights(empty_model(model), listed(dense_layers))
-            _say_dry(answer, output, kind, {name: layer.weight for name, layer in linears.items()})
-            return
-        loaded = load_model(model, dtype, device)
-        tokens, about = None, {}
-        if needs_text:
-            tokens = calibration_tokens(calibration, model, loaded, samples, sequence_length, seed)
-            about = {"calibration": described(calibration, tokens)}
-        report = prune(loaded, criterion, pattern, tokens, dense_layers=listed(dense_layers))
-        results = _results(model, loaded, report, about, seed if needs_text else None)
-        facts = write_model(loaded, output, model, results, packed)
-        answer.facts = {**facts, "criterion": criterion, "pattern": report.pattern, "tokens": report.tokens}
-        answer.facts["layers"] = results.layers
-        _show(answer, output, report)
-
-
-def check_pattern(pattern: str, packed: bool) -> None:
-    """Refuse a malformed pattern, or to pack one whose masks can keep more than 2 of 4, before anything is loaded."""
-    from ..packed.stored_mask import inside_24
-    from ..pattern import NMPattern
-
-    if packed and not inside_24(NMPattern(pattern)):
-        raise ConfigError(
-            f"--packed: {pattern} can keep more than 2 of 4 weights and cannot be packed; write it --dense"
+        options = PruningOptions(
+            model=model,
+            criterion=criterion,
+            start=start,
+            pattern=pattern,
+            weights=weights.value,
+            inputs=inputs.value,
+            layers=layers,
+            permute_channels=permute_channels,
+            dense_layers=listed(dense_layers),
+            dense_budget=dense_budget,
+            calibration=calibration,
+            samples=samples,
+            sequence_length=sequence_length,
+            seed=seed,
+            dtype=dtype,
+            device=device,
+            max_memory=max_memory,
+            packed=packed,
         )
-    NMPattern(pattern)
-
-
-def calibration_tokens(
-    source: str, tokenizer_source: str, model: nn.Module, samples: int, sequence_length: int | None, seed: int
-) -> torch.Tensor:
-    """Random windows of a text, int64 `[samples, sequence]`."""
-    from ..data import windows
-
-    tokens = stream(source, load_tokenizer(tokenizer_source))
-    return windows(tokens, window_length(model, sequence_length), samples, seed)
-
-
-def described(source: str, tokens: torch.Tensor) -> str:
-    """A text and how much of it was used, for records."""
-    return f"{source}: {tokens.shape[0]} windows of {tokens.shape[1]} tokens"
-
-
-def _results(name: str, model: nn.Module, report: PruneReport, data: dict[str, str], seed: int | None) -> RunResults:
-    from ..adapter import linear_and_expert_weights
-
-    pruned, prunable = [layer.name for layer in report.layers], linear_and_expert_weights(model)
-    # Each of a module's fused experts is a layer of the report: its weight's name with a number.
-    sparse = {name for layer in pruned for name in (layer, layer.rpartition(".")[0])}
-    return new_results(
-        base_model=name,
-        base_revision=revision_of(model),
-        pattern=report.pattern,
-        method=report.criterion,
-        sparse_layers=pruned,
-        fused_experts=sorted(name for name, base in prunable.items() if base.is_fused_experts and name in sparse),
-        dense_layers=[name for name in prunable if name not in sparse],
-        data=data,
-        seed=seed,
-        seconds=report.seconds,
-        layers=[dataclasses.asdict(layer) for layer in report.layers],
-    )
-
-
-def _say_dry(answer: Answer, output: Path, kind: Kind, weights: dict[str, torch.Tensor]) -> None:
-    pruned = sum(weight.nbytes for weight in weights.values())
-    answer.facts = {
-        "dry_run": True,
-        "output": str(output),
-        "kind": kind.value,
-        "layers": list(weights),
-        "bytes": pruned,
-    }
-    answer.show(f"would prune {len(weights)} layers ({size(pruned)}) and write a {kind.value} to {output}")
-
-
-def _show(answer: Answer, output: Path, report: PruneReport) -> None:
-    """Layers of one kind (q_proj, up_proj, ...) in one row."""
-    kinds: dict[str, list] = {}
-    for layer in report.layers:
-        kinds.setdefault(layer.name.rsplit(".", 1)[-1], []).append(layer)
-
-    def mean(values: list[float | None]) -> str:
-        known = [value for value in values if value is not None]
-        return f"{sum(known) / len(known):.4f}" if known else "-"
-
-    rows = (
-        (name, len(group), mean([x.kept_energy for x in group]), mean([x.relative_error for x in group]))
-        for name, group in kinds.items()
-    )
-    title = f"{report.criterion} {report.pattern}: {len(report.layers)} layers in {report.seconds:.1f} s"
-    answer.show(table(title, ("layer", "count", "kept energy", "output error"), rows), written_line(output))
+        options.check()
+        unfinished = Unfinished(output, options.settings())
+        unfinished.check(overwrite)
+        run = PruningRun.prepared(options)
+        if dry_run:
+            run.say_dry(answer, output, kind)
+            return
+        run.go(answer, output, unfinished)

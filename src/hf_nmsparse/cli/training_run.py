@@ -11,7 +11,7 @@ from .common import Answer, new_results, table, tell
 from .folders import RESULTS_FILE, output_folder, written_line
 from .models import fetching, load_model, load_tokenizer, revision_of, stream, window_length
 from .options import Dtype
-from .prune import described
+from .pruning_run import described
 from .writing import note_mask
 
 if TYPE_CHECKING:

@@ -3,41 +3,138 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .folders import RESULTS_FILE, folder_bytes, kind_of, output_folder
+from .folders import MASK_FOLDER, RESULTS_FILE, folder_bytes, kind_of, output_folder
 from .models import copy_tokenizer
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from ..criteria import PruneReport
+    from ..packed import PackedSizes
     from ..results import RunResults
+
+_SHARD = "2GB"  # one of them is in memory while an offloaded model is written; the same for all models, so that their
+# files do not depend on the memory that there was
 
 
 def write_model(
     model: nn.Module, output: Path, tokenizer_source: str, results: RunResults, packed: bool
 ) -> dict[str, Any]:
-    """Write a pruned model; `results` gets its sizes. A model is packed first if that is wanted and not done yet.
+    """Write a masked model, or one that is packed already; `results` gets its sizes.
 
     Returns:
         facts for the answer: output, kind, bytes.
     """
-    from ..hub.card import write_card
-    from ..packed import compress, packed_sizes
+    from ..packed import packed_sizes
 
-    if packed and not packed_sizes(model).layers:
-        model = compress(model)
     with output_folder(output) as staging:
-        model.save_pretrained(staging)
-        copy_tokenizer(tokenizer_source, staging)
-        results.sizes["packed_model" if packed else "masked_model"] = folder_bytes(staging)
+        model.save_pretrained(staging, max_shard_size=_SHARD)
+        _finish(staging, tokenizer_source, results, packed_sizes(model) if packed else None)
+    return _facts(output)
+
+
+def write_pruned(
+    model: nn.Module, output: Path, tokenizer_source: str, results: RunResults, packed: bool, report: PruneReport
+) -> dict[str, Any]:
+    """Write what one-shot pruning left, dense with zeros or packed, with the mask in a subfolder if it has codes.
+
+    The model may be offloaded: it is written, and packed, file by file. `results` gets the sizes.
+
+    Returns:
+        facts for the answer: output, kind, bytes, and of the mask: folder, bytes, bits a weight.
+    """
+    from ..hub.packing import stored_mask
+    from ..packed import pack_files
+
+    mask: dict[str, Any] = {}
+    with output_folder(output) as staging:
+        if report.codes:
+            mask = _write_mask(model, staging / MASK_FOLDER, results, report)
+        sizes = None
         if packed:
-            sizes = packed_sizes(model)
-            results.packed_ratio = sizes.packed / sizes.dense_bf16
-        if packed:  # a card has no words for plain models with zeros in them
-            write_card(staging, results, "packed")
-        results.write(staging / RESULTS_FILE)
+            with _beside(output) as masked:
+                _save(model, masked)
+                codes = stored_mask(staging / MASK_FOLDER) if report.codes else None
+                sizes = pack_files(masked, staging, model, _weight_names(results), codes)
+        else:
+            _save(model, staging)
+        _finish(staging, tokenizer_source, results, sizes)
+    if mask:
+        mask["mask"] = str(output / MASK_FOLDER)
+    return _facts(output) | mask
+
+
+def _write_mask(model: nn.Module, folder: Path, results: RunResults, report: PruneReport) -> dict[str, Any]:
+    """The mask with its own card and results; `results` of the model get its size too."""
+    from ..hub import save_mask
+    from ..hub.card import write_card
+    from ..pattern import NMPattern
+
+    own = copy.deepcopy(results)
+    own.kept_weights = "keep"
+    if results.kept_weights != "keep":
+        own.layers = []  # their errors are those of the new weights
+    save_mask(model, folder, results=own, report=report)
+    own.pattern, own.sparse_layers = report.pattern, sorted(report.codes)
+    own.fused_experts = sorted(name for name, codes in report.codes.items() if codes.fused_experts)
+    size = folder_bytes(folder)
+    weights = sum(rows * columns for rows, columns in (codes.shape for codes in report.codes.values()))
+    for one in (own, results):
+        one.sizes["mask"] = size
+        one.mask_bits_per_weight = 8 * size / weights
+        one.mask_bits_bound = NMPattern(report.pattern).entropy_bits_per_weight
+    write_card(folder, own, "mask")  # again, now that its size is known
+    own.write(folder / RESULTS_FILE)
+    return {"mask_bytes": size, "bits_per_weight": results.mask_bits_per_weight}
+
+
+def _weight_names(results: RunResults) -> list[str]:
+    """The pruned weights: linear layers, and fused experts as one, which `sparse_layers` names one by one."""
+    experts = set(results.fused_experts)
+    linear = [name for name in results.sparse_layers if name.rpartition(".")[0] not in experts]
+    return [*linear, *results.fused_experts]
+
+
+def _save(model: nn.Module, folder: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message="Attempting to save a model with offloaded modules"
+        )  # in small shards
+        model.save_pretrained(folder, max_shard_size=_SHARD)
+
+
+@contextlib.contextmanager
+def _beside(output: Path) -> Iterator[Path]:
+    """An empty folder on the same disk as the output, for the time of the context."""
+    folder = Path(tempfile.mkdtemp(dir=output.resolve().parent, prefix=f".{output.resolve().name}."))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _finish(staging: Path, tokenizer_source: str, results: RunResults, packed: PackedSizes | None) -> None:
+    """Everything beside the weights."""
+    from ..hub.card import write_card
+
+    copy_tokenizer(tokenizer_source, staging)
+    results.sizes["masked_model" if packed is None else "packed_model"] = folder_bytes(staging)
+    if packed is not None:
+        results.packed_ratio = packed.packed / packed.dense_bf16
+    write_card(staging, results, "masked" if packed is None else "packed")
+    results.write(staging / RESULTS_FILE)
+
+
+def _facts(output: Path) -> dict[str, Any]:
     return {"output": str(output), "kind": kind_of(output).value, "bytes": folder_bytes(output)}
 
 
@@ -51,3 +148,4 @@ def note_mask(results: RunResults, model: nn.Module) -> None:
     results.pattern, results.sparse_layers, results.terms = config.pattern, sorted(layers), terms_of(config)
     results.fused_experts = sorted(name for name, layer in layers.items() if layer.base_weight.is_fused_experts)
     results.method = results.method or config.relaxation
+    results.kept_weights = None if results.terms else "keep"

@@ -1,31 +1,60 @@
 # SPDX-License-Identifier: Apache-2.0
 """One-shot criteria, and the engine that walks a model block by block with one of them."""
 
-from .base import Criterion, InputStatistics, get_criterion, known_criteria, register_criterion
-from .engine import LayerReport, PruneReport, prune, walk
+from .base import (
+    BlockInputs,
+    Choice,
+    Criterion,
+    InputStatistics,
+    get_criterion,
+    keep_highest,
+    known_criteria,
+    register_criterion,
+)
+from .engine import WalkOptions, walk
 from .magnitude import Magnitude
+from .oneshot import prune
 from .polish import Polish, polish_mask
-from .targets import Target, expert_views, find_stacks, find_weights, is_router, name_matches
+from .refit import refit_weights
+from .report import LayerCodes, LayerReport, PruneReport
+from .ria import RIA
+from .sensitivity import LayerSensitivity, SensitivityReport, sensitivity
+from .sparsegpt import SparseGPT
+from .sparsellm import SparseLLM
+from .targets import Target, expert_view, find_stacks, find_weights, in_place, is_router, name_matches
 from .wanda import Wanda
 
 __all__ = [
+    "RIA",
+    "BlockInputs",
+    "Choice",
     "Criterion",
     "InputStatistics",
+    "LayerCodes",
     "LayerReport",
+    "LayerSensitivity",
     "Magnitude",
     "Polish",
     "PruneReport",
+    "SensitivityReport",
+    "SparseGPT",
+    "SparseLLM",
     "Target",
+    "WalkOptions",
     "Wanda",
-    "expert_views",
+    "expert_view",
     "find_stacks",
     "find_weights",
     "get_criterion",
+    "in_place",
     "is_router",
+    "keep_highest",
     "known_criteria",
     "name_matches",
     "polish_mask",
     "prune",
+    "refit_weights",
     "register_criterion",
+    "sensitivity",
     "walk",
 ]

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeVar
 
 import torch
+from torch import nn
 
 from ..errors import ConfigError
-from ..pattern import NMPattern
+from ..ops import top_n_mask
+from ..pattern import NMPattern, Pattern
 
 Needs = Literal["nothing", "norms", "hessian", "inputs"]
 NEEDS: tuple[Needs, ...] = ("nothing", "norms", "hessian", "inputs")
@@ -34,6 +36,44 @@ class InputStatistics:
     inputs: torch.Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What becomes of one weight.
+
+    Args:
+        mask (`torch.Tensor`): bool `[out, in]`, true where kept.
+        weight (`torch.Tensor`, *optional*): new values of the kept weights, float `[out, in]`, read only where kept;
+            `None`: they stay as they are.
+    """
+
+    mask: torch.Tensor
+    weight: torch.Tensor | None = None
+
+    def masked(self, weight: torch.Tensor) -> torch.Tensor:
+        """The pruned weight that this choice makes of the dense one, in its dtype; pruned weights are +0."""
+        kept = weight if self.weight is None else self.weight.to(weight.dtype)
+        return torch.where(self.mask, kept, 0)
+
+
+@dataclass(frozen=True)
+class BlockInputs:
+    """What a criterion sees of one block, or of one stage of it.
+
+    Args:
+        modules (`dict[str, nn.Module]`): the layers by name, in the order in which they are to be chosen.
+        weights (`dict[str, torch.Tensor]`): their dense weights `[out, in]`; must not be changed.
+        statistics (`dict[str, InputStatistics | None]`): of their inputs; the same object for layers with the same input.
+        pattern (`NMPattern` or `Unstructured`): what to keep.
+        block (`nn.Module`): the block that holds them.
+    """
+
+    modules: Mapping[str, nn.Module]
+    weights: Mapping[str, torch.Tensor]
+    statistics: Mapping[str, InputStatistics | None]
+    pattern: Pattern
+    block: nn.Module
+
+
 class Criterion(ABC):
     """One way to choose which weights of a layer to keep. Subclass it and hand the class or an instance to `prune`.
 
@@ -42,33 +82,61 @@ class Criterion(ABC):
         needs (`str`): what of `InputStatistics` is read; each level includes those before it. `"nothing"`: statistics
             are `None` and no calibration text is needed; `"norms"`: `squared_norm`; `"hessian"`: `hessian`;
             `"inputs"`: `inputs` (keeps the inputs of all layers of one block in memory).
+        unstructured (`bool`): whether it also takes `Unstructured` patterns.
+        updates_weights (`bool`): whether `choose` gives new values to kept weights.
     """
 
     name: ClassVar[str]
     needs: Needs = "nothing"
+    unstructured: bool = False
+    updates_weights: bool = False
 
     @abstractmethod
-    def mask(self, weight: torch.Tensor, statistics: InputStatistics | None, pattern: NMPattern) -> torch.Tensor:
+    def mask(self, weight: torch.Tensor, statistics: InputStatistics | None, pattern: Pattern) -> torch.Tensor:
         """Choose the weights to keep.
 
         Args:
             weight (`torch.Tensor`): dense, any float dtype, `[out, in]`; must not be changed.
             statistics (`InputStatistics`, *optional*): of the inputs of the layer, on its device.
-            pattern (`NMPattern`): exactly n of each m consecutive weights of a row are kept, of a tail of r: min(n, r).
+            pattern (`NMPattern` or `Unstructured`): n:m: exactly n of each m consecutive weights of a row are kept, of a
+                tail of r: min(n, r).
 
         Returns:
             bool `[out, in]`, true where kept.
         """
 
-    def block_masks(
-        self,
-        weights: Mapping[str, torch.Tensor],
-        statistics: Mapping[str, InputStatistics | None],
-        pattern: NMPattern,
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield (name, mask) of each layer of one decoder block. Override it to choose masks of a block jointly."""
-        for name, weight in weights.items():
-            yield name, self.mask(weight, statistics[name], pattern)
+    def choose(self, weight: torch.Tensor, statistics: InputStatistics | None, pattern: Pattern) -> Choice:
+        """As `mask`, with new values of the kept weights where the criterion updates them."""
+        return Choice(self.mask(weight, statistics, pattern))
+
+    def choose_block(self, inputs: BlockInputs) -> Iterator[tuple[str, Choice]]:
+        """Yield (name, choice) of each layer. Override it to choose those of a block jointly."""
+        for name, weight in inputs.weights.items():
+            yield name, self.choose(weight, inputs.statistics[name], inputs.pattern)
+
+    def stages(self, names: list[str], block: nn.Module) -> list[list[str]]:
+        """Split the layers of a block into stages: inputs of a later one are measured with the earlier ones pruned."""
+        return [names]
+
+
+def keep_highest(scores: torch.Tensor, pattern: Pattern, whole_layer: bool = False) -> torch.Tensor:
+    """The mask of the weights with the highest scores; among equal ones those of lowest index.
+
+    Args:
+        scores (`torch.Tensor`): `[out, in]`, any float dtype.
+        pattern (`NMPattern` or `Unstructured`): n:m: compared within groups; unstructured: within rows.
+        whole_layer (`bool`): unstructured: compare all weights of the layer with one another instead.
+
+    Returns:
+        bool `[out, in]`.
+    """
+    if isinstance(pattern, NMPattern):
+        return top_n_mask(scores, pattern)
+    compared = scores.reshape(1, -1) if whole_layer else scores
+    order = compared.argsort(dim=1, descending=True, stable=True)
+    kept = compared.shape[1] - pattern.num_pruned(compared.shape[1])
+    mask = torch.zeros_like(compared, dtype=torch.bool).scatter_(1, order[:, :kept], True)
+    return mask.view(scores.shape)
 
 
 _REGISTRY: dict[str, type[Criterion]] = {}
@@ -122,3 +190,16 @@ def get_criterion(criterion: str | Criterion | type[Criterion]) -> Criterion:
     if criterion.needs not in NEEDS:
         raise ConfigError(f"criterion {criterion.name!r}: needs = {criterion.needs!r}, expected one of {NEEDS}")
     return criterion
+
+
+def check_takes(criterion: Criterion, pattern: Pattern) -> None:
+    """Refuse an unstructured pattern where the criterion is for n:m only.
+
+    Raises:
+        ConfigError: naming the criteria that take it.
+    """
+    if not isinstance(pattern, NMPattern) and not criterion.unstructured:
+        able = ", ".join(name for name in known_criteria() if _REGISTRY[name].unstructured)
+        raise ConfigError(
+            f"criterion {criterion.name!r} is for n:m patterns, got {pattern}; unstructured sparsity is what these do: {able}"
+        )

@@ -97,7 +97,8 @@ def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
             f"{type(model).__name__} takes {main}, and the calibration is tokens; pass an iterable of model inputs: "
             f"[{{{main!r}: ...}}, ...]"
         )
-    device = next(model.parameters()).device
+    # Inputs of offloaded parts are moved by accelerate.
+    device = next((parameter.device for parameter in model.parameters() if not parameter.is_meta), torch.device("cpu"))
     inputs = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
     for_decoder = {"decoder_input_ids", "decoder_inputs_embeds", "labels"}
     if is_encoder_decoder(model) and "input_ids" in inputs and for_decoder.isdisjoint(inputs):

@@ -1,108 +1,58 @@
 # SPDX-License-Identifier: Apache-2.0
 """One-shot pruning, block by block: the inputs of each block come from the blocks before it, already pruned.
 
-Nothing is changed for good until every mask is known: a block's masks are put on for the time of one run, to get the
-inputs of the next block, and taken off again. On any failure the model is as it was. That costs one copy of the
-weights of one block, and the masks in packed form (2:4: 0.67 bit a weight).
+Nothing is changed for good until everything is chosen: what was chosen for a block is put on for the time of one run, to
+get the inputs of the next block, and taken off again. On any failure the model is as it was. That costs one copy of the
+weights of one block, the masks in packed form (2:4: 0.67 bit a weight) and, where they change, the kept weights.
 """
 
 from __future__ import annotations
 
+import os
 import time
-from collections import Counter
-from collections.abc import Iterable
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .. import ops
 from ..data import calibration_batches
 from ..errors import ConfigError, PatternError, UnsupportedError
-from ..pattern import NMPattern
-from .base import Criterion, InputStatistics, get_criterion
+from ..fingerprint import fingerprint, to_hex
+from ..pattern import NMPattern, Pattern, parse_pattern
+from .base import NEEDS, BlockInputs, Choice, Criterion, InputStatistics, Needs, check_takes, get_criterion
 from .blocks import Sample, evaluating, in_order_of_execution, record_sample, run_block
+from .ledger import Ledger
+from .offload import change_when_loaded, is_offloaded, present
+from .refit import refit_weights
+from .reordering import Reordering
+from .report import LayerCodes, LayerReport, PruneReport, kept_energy, relative_error
 from .statistics import StatisticsRecorder
-from .targets import Target, find_stacks, find_weights
+from .targets import Target, check_targets, find_stacks
+
+Weights = Literal["update", "keep", "refit"]
+Inputs = Literal["pruned", "dense"]
 
 
-@dataclass
-class LayerReport:
-    """What a mask does to one layer.
+@dataclass(frozen=True)
+class WalkOptions:
+    """How a walk goes; the fields are the arguments of `prune` with the same names."""
 
-    Args:
-        name (`str`): full module name.
-        groups (`int`): groups of m weights.
-        relative_error (`float`, *optional*): `tr(D H D^T) / tr(W H W^T)` with `D = W*M - W`; `None` without calibration.
-        kept_energy (`float`): sum of squares of the kept weights over that of all.
-        seconds (`float`): time to choose the mask.
-    """
+    weights: Weights = "keep"
+    inputs: Inputs = "pruned"
+    permute_channels: bool = False
+    checkpoint_folder: str | os.PathLike | None = None
+    progress: bool = True
 
-    name: str
-    groups: int
-    relative_error: float | None
-    kept_energy: float
-    seconds: float
-
-
-@dataclass
-class PruneReport:
-    """What was pruned, and how well.
-
-    Args:
-        criterion (`str`): name of the criterion.
-        pattern (`str`): for example `"2:4"`.
-        tokens (`int`): calibration tokens that enter the first stack of blocks, padding not counted; 0 if none were needed.
-        seconds (`float`): wall time in all.
-        error_form (`str`, *optional*): what H is in `relative_error`: `"hessian"`, the mean of `x x^T`, or `"diagonal"`,
-            only its diagonal, where the criterion gathers no more than norms; `None` without calibration.
-        layers (`list[LayerReport]`): in the order of pruning.
-    """
-
-    criterion: str
-    pattern: str
-    tokens: int
-    seconds: float
-    error_form: str | None
-    layers: list[LayerReport] = field(default_factory=list)
-
-
-def prune(
-    model: nn.Module,
-    criterion: str | Criterion | type[Criterion] = "magnitude",
-    pattern: str | NMPattern = "2:4",
-    calibration: Any = None,
-    tokenizer: Any = None,
-    dense_layers: Iterable[str] = (),
-    progress: bool = True,
-) -> PruneReport:
-    """Prune the weights of all blocks in one shot, in place. Pruned weights become +0, kept ones stay.
-
-    These are linear layers, `Conv1D` and each expert of fused ones, see `find_weights`; groups run along the inputs.
-
-    Args:
-        model (`nn.Module`): a Transformers model: decoder, encoder (BERT, ViT) or both (T5).
-        criterion (`str` or `Criterion`): `"magnitude"` needs no calibration, `"wanda"` and `"polish"` do.
-        pattern (`str` or `NMPattern`): n kept of m.
-        calibration: integers `[samples, sequence]`, model inputs or an iterable of them (dicts, as with `pixel_values`), or
-            texts (then give `tokenizer`). An encoder-decoder model that gets `input_ids` only decodes the same tokens.
-        tokenizer (*optional*): for texts.
-        dense_layers (`Iterable[str]`): names of layers to leave dense, see `find_weights`.
-        progress (`bool`): show a progress bar where there is a terminal.
-
-    Returns:
-        `PruneReport`.
-
-    Raises:
-        ConfigError: on an unknown criterion, an entry of `dense_layers` that matches nothing, missing calibration.
-        UnsupportedError: naming layers that are packed, quantised or wrapped, or a model without blocks.
-    """
-    targets = list(find_weights(model, dense_layers).values())
-    return walk(model, targets, criterion, pattern, calibration, tokenizer, progress)
+    def __post_init__(self) -> None:
+        for name, known in (("weights", ("update", "keep", "refit")), ("inputs", ("pruned", "dense"))):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name}={getattr(self, name)!r}; expected one of {', '.join(map(repr, known))}")
 
 
 @torch.no_grad()
@@ -110,21 +60,22 @@ def walk(
     model: nn.Module,
     targets: list[Target],
     criterion: str | Criterion | type[Criterion],
-    pattern: str | NMPattern,
+    pattern: str | Pattern,
     calibration: Any = None,
     tokenizer: Any = None,
-    progress: bool = True,
+    options: WalkOptions = WalkOptions(),
 ) -> PruneReport:
-    """Choose a mask for each target, and when all are chosen apply them.
+    """Choose for each target, and when all is chosen apply it.
 
     Memory besides the model: hidden states of all calibration tokens at one block (on the model's device), statistics
-    and one copy of the weights of one block, the packed masks; while a decoder's inputs are recorded, one copy of the
-    targets in its encoder.
+    and one copy of the weights of one block, the packed masks, new values of kept weights (unless there is a
+    `checkpoint_folder`); while a decoder's inputs are recorded, one copy of the targets in its encoder.
 
     Args:
         model (`nn.Module`): as in `prune`; runs in eval mode, without cache, its experts one by one.
         targets (`list[Target]`): the layers.
-        criterion (`str` or `Criterion`), pattern (`str` or `NMPattern`), calibration, tokenizer, progress: as in `prune`.
+        criterion (`str` or `Criterion`), pattern, calibration, tokenizer: as in `prune`.
+        options (`WalkOptions`): by default kept weights stay as they are.
 
     Raises:
         ConfigError: if the criterion needs calibration and there is none, it is not what the model takes, or targets
@@ -135,187 +86,302 @@ def walk(
         NMSparseError: naming a layer with NaN or infinite inputs.
     """
     started = time.perf_counter()
-    criterion, pattern = get_criterion(criterion), NMPattern(pattern)
-    _check_targets(targets)
-    chosen = _Chosen(criterion, pattern)
-    with tqdm(
-        total=len(targets), desc=f"{criterion.name} {pattern}", unit="layer", disable=None if progress else True
-    ) as chosen.bar:
-        if criterion.needs == "nothing":
+    criterion, pattern = get_criterion(criterion), parse_pattern(pattern)
+    check_takes(criterion, pattern)
+    check_targets(targets)
+    one = Walk(model, targets, criterion, pattern, options)
+    with one.bar, one.undone_on_failure():
+        if one.needs == "nothing":
             for target in targets:
-                chosen.choose([target], {target.name: target.dense()}, {target.name: None})
+                with present(target.module):
+                    one.note_base([target])
+                    one.choose_block(target.module, [target], {target.name: None})
         else:
             if calibration is None:
                 raise ConfigError(f"criterion {criterion.name!r} needs calibration data; pass calibration=")
-            batches = calibration_batches(calibration, tokenizer)
             with evaluating(model):
-                _walk_stacks(model, targets, chosen, batches)
-    for target in targets:
-        target.apply(chosen.mask(target))
-    form = {"nothing": None, "norms": "diagonal"}.get(criterion.needs, "hessian")
+                one.visit_stacks(calibration_batches(calibration, tokenizer))
+    one.apply()
+    form = {"nothing": None, "norms": "diagonal"}.get(one.needs, "hessian")
+    used = options.weights if options.weights != "update" or criterion.updates_weights else "keep"
     seconds = time.perf_counter() - started
-    return PruneReport(criterion.name, str(pattern), chosen.tokens, seconds, form, chosen.layers)
+    ledger = one.ledger
+    return PruneReport(
+        criterion.name, str(pattern), one.tokens, seconds, form, ledger.layers, used, ledger.permuted, one.codes()
+    )
 
 
-def _walk_stacks(model: nn.Module, targets: list[Target], chosen: _Chosen, batches: Iterable[dict[str, Any]]) -> None:
-    """Stack after stack, as the model runs them; the earlier ones are masked while a later one is recorded."""
-    stacks = find_stacks(model, {target.module for target in targets})
-    inside = {module for _, blocks in stacks for module in blocks.modules()}
-    if outside := [target.name for target in targets if target.module not in inside]:
-        raise UnsupportedError(
-            f"{outside[0]} ({len(outside)} such layers) is outside the blocks "
-            f"{', '.join(repr(name) for name, _ in stacks)}; calibration runs those only, leave it dense"
+class Walk:
+    """One walk through the blocks of a model, and what it has chosen so far."""
+
+    def __init__(
+        self, model: nn.Module, targets: list[Target], criterion: Criterion, pattern: Pattern, options: WalkOptions
+    ) -> None:
+        self.model, self.targets, self.criterion, self.pattern, self.options = (
+            model,
+            targets,
+            criterion,
+            pattern,
+            options,
         )
-    if len(stacks) > 1:
-        batches = list(batches)
-        stacks = in_order_of_execution(model, stacks, batches[0])
-    done: list[Target] = []
-    for name, blocks in stacks:
-        with ExitStack() as masks_on:
-            for target in done:
-                masks_on.enter_context(target.masked(target.dense(), chosen.mask(target)))
-            samples = [record_sample(model, name, blocks, batch) for batch in batches]
-        if not done:
-            chosen.tokens = sum(sample.tokens() for sample in samples)
-        done += _walk_blocks(blocks, samples, targets, chosen)
-
-
-def _walk_blocks(blocks: nn.ModuleList, samples: list[Sample], targets: list[Target], chosen: _Chosen) -> list[Target]:
-    """Choose masks for the targets inside the blocks, and return those targets."""
-    owner = {module: index for index, block in enumerate(blocks) for module in block.modules()}
-    targets = [target for target in targets if target.module in owner]
-    last = max(owner[target.module] for target in targets)
-    for index, block in enumerate(blocks[: last + 1]):
-        here = [target for target in targets if owner[target.module] == index]
-        with ExitStack() as masks_on:
-            if here:
-                statistics = _gather(block, index, samples, here, chosen.criterion)
-                weights = {target.name: target.dense() for target in here}
-                masks = chosen.choose(here, weights, statistics)
-                for target in here:
-                    masks_on.enter_context(target.masked(weights[target.name], masks[target.name]))
-            if index < last:
-                for sample in samples:
-                    sample.hidden = run_block(block, index, sample)
-    return targets
-
-
-def _gather(
-    block: nn.Module, index: int, samples: list[Sample], targets: list[Target], criterion: Criterion
-) -> dict[str, InputStatistics]:
-    with StatisticsRecorder(targets, criterion.needs) as recorder:
-
-        def run() -> None:
-            for sample in samples:
-                recorder.real_tokens = partial(sample.real_tokens, index)
-                run_block(block, index, sample)
-
-        run()
-        if recorder.route_to_unreached_experts():
-            run()
-        return recorder.finish()
-
-
-class _Chosen:
-    """The masks chosen so far, packed, and their reports."""
-
-    def __init__(self, criterion: Criterion, pattern: NMPattern) -> None:
-        self.criterion = criterion
-        self.pattern = pattern
+        self.needs: Needs = criterion.needs
+        if options.weights == "refit":
+            self.needs = max(criterion.needs, "hessian", key=NEEDS.index)
+        self.reordering = Reordering(model) if options.permute_channels else None
+        if self.reordering is not None:
+            self._check_reordering()
+            self.needs = max(self.needs, "norms", key=NEEDS.index)
+        folder = options.checkpoint_folder
+        self.ledger = Ledger(pattern, None if folder is None else Path(folder))
         self.tokens = 0
-        self.layers: list[LayerReport] = []
-        self.bar: Any = None
-        self._packed: dict[str, torch.Tensor] = {}
-        self._in_features: dict[str, int] = {}
+        self.bar = tqdm(
+            total=len(targets),
+            desc=f"{criterion.name} {pattern}",
+            unit="layer",
+            disable=None if options.progress else True,
+        )
 
-    def choose(
-        self,
-        targets: list[Target],
-        weights: dict[str, torch.Tensor],
-        statistics: dict[str, InputStatistics | None],
-    ) -> dict[str, torch.Tensor]:
-        """Masks of the targets of one block."""
-        masks = {}
+    def _check_reordering(self) -> None:
+        if not isinstance(self.pattern, NMPattern):
+            raise ConfigError(f"permute_channels changes which weights share a group; {self.pattern} has no groups")
+        if any(target.computed is not None for target in self.targets):
+            raise ConfigError("permute_channels changes dense weights; those of a frozen base stay as they are")
+        if offloaded := [target.name for target in self.targets if is_offloaded(target.module)]:
+            raise UnsupportedError(
+                f"{offloaded[0]} is offloaded; permute_channels needs all weights in memory (device_map=None)"
+            )
+
+    # --- the way --------------------------------------------------------------------------------------------------------
+    def visit_stacks(self, batches: Iterable[dict[str, Any]]) -> None:
+        """Stack after stack, as the model runs them; the earlier ones are pruned while a later one is recorded."""
+        stacks = find_stacks(self.model, {target.module for target in self.targets})
+        inside = {module for _, blocks in stacks for module in blocks.modules()}
+        if outside := [target.name for target in self.targets if target.module not in inside]:
+            raise UnsupportedError(
+                f"{outside[0]} ({len(outside)} such layers) is outside the blocks "
+                f"{', '.join(repr(name) for name, _ in stacks)}; calibration runs those only, leave it dense"
+            )
+        if len(stacks) > 1:
+            batches = list(batches)
+            stacks = in_order_of_execution(self.model, stacks, batches[0])
+        done: list[Target] = []
+        for name, blocks in stacks:
+            # The first block may have to compute while the others' arguments are recorded.
+            with self.pruned(done), present(blocks[0]):
+                samples = [record_sample(self.model, name, blocks, batch) for batch in batches]
+            if not done:
+                self.tokens = sum(sample.tokens() for sample in samples)
+                self.bar.update(self._resume(samples))
+            done += self.visit_blocks(name, blocks, samples)
+
+    def visit_blocks(self, stack: str, blocks: nn.ModuleList, samples: list[Sample]) -> list[Target]:
+        """Choose for the targets inside the blocks, and return those targets."""
+        owner = {module: index for index, block in enumerate(blocks) for module in block.modules()}
+        targets = [target for target in self.targets if target.module in owner]
+        last = max(owner[target.module] for target in targets)
+        for index, block in enumerate(blocks[: last + 1]):
+            here = [target for target in targets if owner[target.module] == index]
+            with present(block):
+                outputs = self.visit_block(f"{stack}.{index}", block, index, here, samples)
+                if index < last:
+                    if outputs is None:
+                        pruned = here if self.options.inputs == "pruned" else []
+                        with self.pruned(pruned):
+                            outputs = [run_block(block, index, sample) for sample in samples]
+                    for sample, output in zip(samples, outputs, strict=True):
+                        sample.hidden = output
+        return targets
+
+    def visit_block(
+        self, key: str, block: nn.Module, index: int, here: list[Target], samples: list[Sample]
+    ) -> list[torch.Tensor] | None:
+        """Choose for the targets of one block; returns its dense outputs if they are what goes on."""
+        if not here:
+            return None
+        self.note_base(here)
+        if all(target.name in self.ledger for target in here):
+            if self.reordering is not None:
+                orders = {target.name: self.ledger.order(target.name) for target in here}
+                self.reordering.restore(block, {name: order for name, order in orders.items() if order is not None})
+            return None
+        by_name = {target.name: target for target in here}
+        stages = self.criterion.stages(list(by_name), block)
+        pruned_inputs = self.options.inputs == "pruned"
+        outputs, before = None, []
+        for stage in stages:
+            targets = [by_name[name] for name in stage]
+            with self.pruned(before if pruned_inputs else []):
+                statistics, outputs = self._gather(block, index, samples, targets)
+                if self.reordering is not None:
+                    statistics = self._reorder(block, index, samples[0], statistics, before)
+            self.choose_block(block, targets, statistics)
+            before += targets
+        self.ledger.finish_block(key, list(by_name), {target.weight_name for target in here})
+        return None if pruned_inputs else outputs
+
+    def _gather(
+        self, block: nn.Module, index: int, samples: list[Sample], targets: list[Target]
+    ) -> tuple[dict[str, InputStatistics], list[torch.Tensor] | None]:
+        """Statistics of the targets' inputs, and the outputs of the block where they are of use."""
+        keep_outputs = self.options.inputs == "dense"
+        outputs: list[torch.Tensor] = []
+        with StatisticsRecorder(targets, self.needs) as recorder:
+
+            def run() -> None:
+                for sample in samples:
+                    recorder.real_tokens = partial(sample.real_tokens, index)
+                    output = run_block(block, index, sample)
+                    if keep_outputs:
+                        outputs.append(output)
+
+            run()
+            if recorder.route_to_unreached_experts():
+                keep_outputs = False
+                run()
+            return recorder.finish(), outputs or None
+
+    def _reorder(
+        self, block: nn.Module, index: int, sample: Sample, statistics: dict[str, InputStatistics], fixed: list[Target]
+    ) -> dict[str, InputStatistics]:
+        statistics, orders = self.reordering.reorder(
+            block, statistics, self.pattern, [target.name for target in fixed], lambda: run_block(block, index, sample)
+        )
+        for name, order in orders.items():
+            self.ledger.add_order(name, order)
+        return statistics
+
+    def note_base(self, targets: list[Target]) -> None:
+        """Take the fingerprints of the dense weights."""
+        for target in targets:
+            if target.computed is None:
+                self.ledger.add_base(target.weight_name, fingerprint(target.whole()))
+
+    # --- choosing -------------------------------------------------------------------------------------------------------
+    def choose_block(
+        self, block: nn.Module, targets: list[Target], statistics: dict[str, InputStatistics | None]
+    ) -> None:
+        """Choose for targets of one block."""
+        weights = {target.name: target.dense() for target in targets}
+        modules = {target.name: target.module for target in targets}
+        missing = set(weights)
         started = time.perf_counter()
-        device = next(iter(weights.values())).device
-        with torch.autocast(device.type, enabled=False):  # a criterion computes in the precision it asks for
-            for name, mask in self.criterion.block_masks(weights, statistics, self.pattern):
-                weight = weights.get(name)
-                self._pack(name, weight, mask)
-                error, energy = _relative_error(weight, mask, statistics[name]), _kept_energy(weight, mask)
-                groups = len(weight) * self.pattern.num_groups(weight.shape[1])
-                self.layers.append(LayerReport(name, groups, error, energy, time.perf_counter() - started))
-                masks[name] = mask
-                self.bar.update()
+        # A criterion computes in the precision it asks for.
+        with torch.autocast(next(iter(weights.values())).device.type, enabled=False):
+            inputs = BlockInputs(modules, weights, statistics, self.pattern, block)
+            for name, choice in self.criterion.choose_block(inputs):
+                where = f"criterion {self.criterion.name!r}, layer {name}"
+                if name not in weights:
+                    raise PatternError(f"{where}: got a mask for a layer that was not asked for")
+                self._add(name, weights[name], choice, statistics[name], where, started)
+                missing.discard(name)
                 started = time.perf_counter()
-        missing = [target.name for target in targets if target.name not in masks]
         if missing:
-            raise PatternError(f"criterion {self.criterion.name!r} gave no mask for {missing[0]}")
-        return masks
+            raise PatternError(f"criterion {self.criterion.name!r} gave no mask for {sorted(missing)[0]}")
 
-    def _pack(self, name: str, weight: torch.Tensor | None, mask: torch.Tensor) -> None:
-        where = f"criterion {self.criterion.name!r}, layer {name}"
-        if weight is None:
-            raise PatternError(f"{where}: got a mask for a layer that was not asked for")
-        if not isinstance(mask, torch.Tensor):
-            raise PatternError(f"{where}: got {type(mask).__name__}, expected a mask torch.bool {list(weight.shape)}")
-        if mask.dtype != torch.bool or mask.shape != weight.shape:
-            raise PatternError(
-                f"{where}: got {mask.dtype} {list(mask.shape)}, expected a mask torch.bool {list(weight.shape)}"
-            )
+    def _add(
+        self,
+        name: str,
+        weight: torch.Tensor,
+        choice: Choice,
+        statistics: InputStatistics | None,
+        where: str,
+        started: float,
+    ) -> None:
+        if self.options.weights == "keep":
+            choice = replace(choice, weight=None)
+        elif self.options.weights == "refit":
+            choice = Choice(choice.mask, refit_weights(weight, choice.mask, statistics.hessian))
+        report = LayerReport(name, self._groups(weight), None, 0.0, 0.0)
+        self.ledger.add(name, choice, weight, report, where)
+        report.relative_error = relative_error(weight, choice.masked(weight), statistics)
+        report.kept_energy = kept_energy(weight, choice.mask)
+        report.seconds = time.perf_counter() - started
+        if report.relative_error is not None:
+            self.bar.set_postfix_str(f"{name}, output error {report.relative_error:.4f}", refresh=False)
+        self.bar.update()
+
+    def _groups(self, weight: torch.Tensor) -> int:
+        if not isinstance(self.pattern, NMPattern):
+            return len(weight)
+        return len(weight) * self.pattern.num_groups(weight.shape[1])
+
+    # --- what was chosen ------------------------------------------------------------------------------------------------
+    @contextmanager
+    def pruned(self, targets: list[Target]) -> Iterator[None]:
+        """For the time of the context these targets compute as they were chosen."""
+        with ExitStack() as stack:
+            for target in targets:
+                stack.enter_context(present(target.module))
+                dense = target.dense()
+                choice = self.ledger.choice(target.name, dense.device)
+                stack.enter_context(target.computing_with(choice.masked(dense), dense))
+            yield
+
+    @contextmanager
+    def undone_on_failure(self) -> Iterator[None]:
+        """Channels go back to where they were if the body fails."""
         try:
-            codes = ops.mask_to_codes(mask, self.pattern)
-        except PatternError as error:
-            raise PatternError(f"{where}: {error}") from error
-        self._packed[name] = ops.pack_codes(codes, self.pattern, weight.shape[1])
-        self._in_features[name] = weight.shape[1]
+            yield
+        except BaseException:
+            if self.reordering is not None:
+                self.reordering.undo()
+            raise
 
-    def mask(self, target: Target) -> torch.Tensor:
-        """The mask of a target, to be applied."""
-        width = self._in_features[target.name]
-        codes = ops.unpack_codes(self._packed[target.name], self.pattern, width, target.name)
-        return ops.codes_to_mask(codes, self.pattern, width)
+    def apply(self) -> None:
+        """Change the model."""
+        for target in self.targets:
+            if is_offloaded(target.module):
+                change_when_loaded(target.module, target.parameter, partial(_overwrite, target, self.ledger))
+            else:
+                target.apply(self.ledger.choice(target.name, target.dense().device))
+
+    def codes(self) -> dict[str, LayerCodes]:
+        """The masks as they are published: of fused experts those of all in one."""
+        if not isinstance(self.pattern, NMPattern) or self.reordering is not None:
+            return {}
+        parts: dict[str, list[Target]] = {}
+        for target in self.targets:
+            parts.setdefault(target.weight_name, []).append(target)
+        found = {}
+        for name, targets in parts.items():
+            whole = targets[0].expert is None or len(targets) == len(getattr(targets[0].module, targets[0].parameter))
+            base = self.ledger.base(name)
+            if base is not None and whole:  # a published mask covers all experts of a block, or none
+                packed = torch.cat([self.ledger.packed(target.name) for target in targets])
+                width = self.ledger.shape(targets[0].name)[1]
+                is_experts = targets[0].expert is not None
+                found[name] = LayerCodes(packed, base, (len(packed), width), is_experts)
+        return found
+
+    def _resume(self, samples: list[Sample]) -> int:
+        """Take over what a killed walk has left in the checkpoint folder; returns how many targets are done."""
+        if self.ledger.folder is None:
+            return 0
+        hidden = [to_hex(fingerprint(sample.hidden)) for sample in samples]
+        self.ledger.open_folder(
+            {
+                "criterion": _described(self.criterion),
+                "pattern": str(self.pattern),
+                "weights": self.options.weights,
+                "inputs": self.options.inputs,
+                "permute_channels": self.options.permute_channels,
+                "calibration": hidden,
+                "layers": [target.name for target in self.targets],
+            }
+        )
+        return len(self.ledger.layers)
 
 
-def _relative_error(weight: torch.Tensor, mask: torch.Tensor, statistics: InputStatistics | None) -> float | None:
-    if statistics is None:
-        return None
-
-    def output_energy(weight: torch.Tensor) -> float:
-        if statistics.hessian is None:
-            return float((weight.square() @ statistics.squared_norm).sum())
-        return float(((weight @ statistics.hessian) * weight).sum())
-
-    weight = weight.float()
-    whole = output_energy(weight)
-    return output_energy(torch.where(mask, 0, weight)) / whole if whole > 0 else 0.0
+def _overwrite(target: Target, ledger: Ledger, parameter: torch.Tensor) -> None:
+    weight = target.view(parameter)
+    weight.copy_(ledger.choice(target.name, weight.device).masked(weight))
 
 
-def _kept_energy(weight: torch.Tensor, mask: torch.Tensor) -> float:
-    squares = weight.float().square()
-    whole = float(squares.sum())
-    return float(torch.where(mask, squares, 0).sum()) / whole if whole > 0 else 1.0
-
-
-def _check_targets(targets: list[Target]) -> None:
-    if not targets:
-        raise ConfigError("there is no layer to prune")
-    counts = Counter(target.name for target in targets)
-    if repeated := [name for name, count in counts.items() if count > 1]:
-        raise ConfigError(f"targets repeat: {', '.join(sorted(repeated))}")
-    for target in targets:
-        weight = target.weight
-        if not isinstance(weight, torch.Tensor):
-            if target.expert is not None:
-                raise UnsupportedError(
-                    f"{target.name}: the weight of an expert is a view of a parameter, got {type(weight).__name__}"
-                )
-            continue  # computed only when its block is reached
-        if weight.dim() != 2 or not weight.is_floating_point() or weight.itemsize < 2:
-            raise UnsupportedError(
-                f"{target.name}: weight is {weight.dtype} {list(weight.shape)}; expected floats [out, in]"
-            )
-        if weight.is_meta:
-            raise UnsupportedError(
-                f"{target.name}: its weight is on the meta device (offloaded); load the model whole"
-            )
+def _described(criterion: Criterion) -> str:
+    """A criterion with its settings, equal for equal ones; private attributes are no settings."""
+    settings = {
+        key: _described(value) if isinstance(value, Criterion) else repr(value)
+        for key, value in sorted(vars(criterion).items())
+        if not key.startswith("_")
+    }
+    return f"{type(criterion).__qualname__}({', '.join(f'{key}={value}' for key, value in settings.items())})"

@@ -5,17 +5,17 @@ from __future__ import annotations
 
 import torch
 
-from ..ops import top_n_mask
-from ..pattern import NMPattern
-from .base import Criterion, InputStatistics, register_criterion
+from ..pattern import Pattern
+from .base import Criterion, InputStatistics, keep_highest, register_criterion
 
 
 @register_criterion
 class Magnitude(Criterion):
-    """Score `|W_ij|`. Needs no calibration; equal weights are kept lowest index first."""
+    """Score `|W_ij|`. Needs no calibration; equal weights are kept lowest index first. Unstructured: compared within a layer."""
 
     name = "magnitude"
     needs = "nothing"
+    unstructured = True
 
-    def mask(self, weight: torch.Tensor, statistics: InputStatistics | None, pattern: NMPattern) -> torch.Tensor:
-        return top_n_mask(weight.abs(), pattern)
+    def mask(self, weight: torch.Tensor, statistics: InputStatistics | None, pattern: Pattern) -> torch.Tensor:
+        return keep_highest(weight.abs(), pattern, whole_layer=True)

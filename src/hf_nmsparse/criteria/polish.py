@@ -21,10 +21,10 @@ import torch
 from ..errors import ConfigError
 from ..pattern import NMPattern
 from .base import Criterion, InputStatistics, get_criterion, register_criterion
+from .error import row_error_change
 
 MAX_ENUMERATED = 70  # 4:8; beyond that enumeration costs more than the swaps it replaces
 BLOCK_COLUMNS = 128
-EXACT_COLUMNS = 1024
 ROUNDING = 1e-6  # a few float32 ulps of the terms that are compared
 
 
@@ -79,7 +79,8 @@ def polish_mask(
         if not _sweep(weight_t, kept_t, hessian, pattern):
             break
     polished = kept_t.t()
-    improved = _error_change(weight, mask, polished, hessian) < 0
+    before, after = (torch.where(kept, weight, 0) for kept in (mask, polished))
+    improved = row_error_change(weight, before, after, hessian) < 0
     return torch.where(improved[:, None], polished, mask)
 
 
@@ -168,19 +169,3 @@ def _best_exchanges(
             break
         kept = kept ^ (((positions == best // pattern.m) | (positions == best % pattern.m)) & gains)
     return kept
-
-
-def _error_change(
-    weight: torch.Tensor, before: torch.Tensor, after: torch.Tensor, hessian: torch.Tensor
-) -> torch.Tensor:
-    """`d' H d'^T - d H d^T` of each row as `(d' - d) H (d' + d)^T`, float64 `[out]`."""
-    device = weight.device
-    exact = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
-    weight, before, after = weight.to(exact, torch.float64), before.to(exact), after.to(exact)
-    old, new = torch.where(before, 0, -weight), torch.where(after, 0, -weight)
-    difference, total = new - old, new + old
-    change = torch.zeros(len(weight), dtype=torch.float64, device=exact)
-    for start in range(0, len(hessian), EXACT_COLUMNS):  # H is never whole in float64
-        columns = slice(start, start + EXACT_COLUMNS)
-        change += ((difference @ hessian[:, columns].to(exact, torch.float64)) * total[:, columns]).sum(1)
-    return change.to(device)

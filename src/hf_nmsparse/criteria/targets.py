@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import logging
+import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,8 +18,14 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import ConfigError, UnsupportedError
+from .base import Choice
+from .offload import is_offloaded
 
 logger = logging.getLogger(__name__)
+
+
+def _as_is(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter
 
 
 @dataclass
@@ -28,35 +37,52 @@ class Target:
             (`"model.layers.0.mlp.experts.down_proj.3"`).
         module (`nn.Module`): computes `x W^T` (plus what does not depend on the mask) with the dense weight. Its first
             forward argument is `x`, `[..., in]`; for an expert it is the module that holds all of them.
-        weight (`torch.Tensor` or callable): `[out, in]`. A tensor must share its storage with the weight that the module
-            computes with; it may be a view, transposed for instance. For a weight that exists only as a computed value
-            (quantised), a function that returns it; not for experts.
-        apply (`Callable[[torch.Tensor], None]`): called once at the end, with the bool mask `[out, in]`; installs it.
-        expert (`int`, *optional*): number of the expert. The inputs are then observed where `weight` is multiplied.
+        apply (`Callable[[Choice], None]`): called once at the end; installs what was chosen.
+        parameter (`str`): name of the parameter of `module` that holds the weight.
+        view (`Callable[[torch.Tensor], torch.Tensor]`): the parameter -> the weight `[out, in]`, sharing its storage.
+        computed (`Callable[[], torch.Tensor]`, *optional*): for a weight that exists only as a computed value (quantised),
+            returns it; `parameter` and `view` are not used then. Not for experts.
+        expert (`int`, *optional*): number of the expert. The inputs are then observed where the weight is multiplied.
     """
 
     name: str
     module: nn.Module
-    weight: torch.Tensor | Callable[[], torch.Tensor]
-    apply: Callable[[torch.Tensor], None]
+    apply: Callable[[Choice], None]
+    parameter: str = "weight"
+    view: Callable[[torch.Tensor], torch.Tensor] = _as_is
+    computed: Callable[[], torch.Tensor] | None = None
     expert: int | None = None
 
     def dense(self) -> torch.Tensor:
         """The dense weight, `[out, in]`."""
-        return self.weight.detach() if isinstance(self.weight, torch.Tensor) else self.weight().detach()
+        if self.computed is not None:
+            return self.computed().detach()
+        return self.view(getattr(self.module, self.parameter).detach())
+
+    @property
+    def weight_name(self) -> str:
+        """The name under which a mask of this weight is published: of experts that of the parameter that holds all."""
+        return self.name if self.expert is None else self.name.rpartition(".")[0]
+
+    def whole(self) -> torch.Tensor:
+        """The dense weight; of an expert those of all, `[experts * out, in]`, as fingerprints see it."""
+        if self.expert is None:
+            return self.dense()
+        parameter = getattr(self.module, self.parameter).detach()
+        return (parameter.mT if self.module.is_transposed else parameter).flatten(0, 1)
 
     @contextmanager
-    def masked(self, weight: torch.Tensor, mask: torch.Tensor) -> Iterator[None]:
-        """For the time of the context the module computes with `weight * mask`."""
-        if isinstance(self.weight, torch.Tensor):
-            saved = weight.clone()
+    def computing_with(self, weight: torch.Tensor, dense: torch.Tensor) -> Iterator[None]:
+        """For the time of the context the module computes with `weight` instead of the dense one; both `[out, in]`."""
+        if self.computed is None:
+            saved = dense.clone()
             try:
-                weight.masked_fill_(~mask, 0)
+                dense.copy_(weight)
                 yield
             finally:
-                weight.copy_(saved)
+                dense.copy_(saved)
             return
-        removed = torch.where(mask, 0, weight)
+        removed = dense - weight
 
         def subtract(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
             return output - F.linear(args[0], removed.to(args[0].dtype))
@@ -148,19 +174,19 @@ def find_stacks(model: nn.Module, holding: Collection[nn.Module] | None = None) 
     return [(name, blocks) for _, name, blocks in found]
 
 
-def expert_views(module: nn.Module, parameter_name: str) -> list[torch.Tensor]:
-    """The weights of fused experts as matrices.
+def expert_view(module: nn.Module, expert: int, parameter: torch.Tensor) -> torch.Tensor:
+    """The weight of one of the fused experts as a matrix.
 
     Args:
         module (`nn.Module`): an experts module of Transformers, which says by `is_transposed` whether its parameters are
             `[experts, out, in]` or `[experts, in, out]`.
-        parameter_name (`str`): for example `"gate_up_proj"`.
+        expert (`int`): its number.
+        parameter (`torch.Tensor`): of the module, for example its `gate_up_proj`.
 
     Returns:
-        one `[out, in]` view for each expert; they share the storage of the parameter.
+        `[out, in]`, sharing the storage of the parameter.
     """
-    parameter = getattr(module, parameter_name)
-    return [parameter[expert].T if module.is_transposed else parameter[expert] for expert in range(len(parameter))]
+    return parameter[expert].T if module.is_transposed else parameter[expert]
 
 
 def name_matches(name: str, entry: str) -> bool:
@@ -192,17 +218,28 @@ def _own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 def _weights_of(name: str, module: nn.Module, tied: set[int]) -> list[Target]:
     own = {key: parameter for key, parameter in _own_parameters(module).items() if id(parameter) not in tied}
     if type(module) in (nn.Linear, Conv1D):
-        return [_in_place(name, module, p.T if type(module) is Conv1D else p) for p in own.values()]
+        return [in_place(name, module, key, torch.t if type(module) is Conv1D else _as_is) for key in own]
     return [
-        _in_place(f"{name}.{key}.{expert}", module, view, expert)
-        for key in own
-        for expert, view in enumerate(expert_views(module, key))
+        in_place(f"{name}.{key}.{expert}", module, key, partial(expert_view, module, expert), expert)
+        for key, parameter in own.items()
+        for expert in range(len(parameter))
     ]
 
 
-def _in_place(name: str, module: nn.Module, weight: torch.Tensor, expert: int | None = None) -> Target:
-    weight = weight.detach()
-    return Target(name, module, weight, lambda mask: weight.masked_fill_(~mask, 0), expert)
+def in_place(
+    name: str,
+    module: nn.Module,
+    parameter: str = "weight",
+    view: Callable[[torch.Tensor], torch.Tensor] = _as_is,
+    expert: int | None = None,
+) -> Target:
+    """A target whose weight is overwritten by what is chosen; arguments as in `Target`."""
+
+    def apply(choice: Choice) -> None:
+        weight = view(getattr(module, parameter).detach())
+        weight.copy_(choice.masked(weight))
+
+    return Target(name, module, apply, parameter, view, expert=expert)
 
 
 def _refuse_foreign(modules: list[tuple[str, nn.Module]]) -> None:
@@ -238,3 +275,60 @@ def _tied_parameters(model: nn.Module) -> set[int]:
     for _, parameter in model.named_parameters(remove_duplicate=False):
         (tied if id(parameter) in seen else seen).add(id(parameter))
     return tied
+
+
+def check_targets(targets: list[Target]) -> None:
+    """Refuse targets that repeat, and weights that are no float matrices.
+
+    Raises:
+        ConfigError: if there is none, or one repeats.
+        UnsupportedError: naming a target whose weight cannot be pruned.
+    """
+    if not targets:
+        raise ConfigError("there is no layer to prune")
+    counts = Counter(target.name for target in targets)
+    if repeated := [name for name, count in counts.items() if count > 1]:
+        raise ConfigError(f"targets repeat: {', '.join(sorted(repeated))}")
+    for target in targets:
+        if target.computed is not None:
+            if target.expert is not None:
+                raise UnsupportedError(
+                    f"{target.name}: the weight of an expert is a view of a parameter, not computed"
+                )
+            continue  # computed only when its block is reached
+        weight = target.dense()
+        if weight.dim() != 2 or not weight.is_floating_point() or weight.itemsize < 2:
+            raise UnsupportedError(
+                f"{target.name}: weight is {weight.dtype} {list(weight.shape)}; expected floats [out, in]"
+            )
+        if weight.is_meta and not is_offloaded(target.module):
+            raise UnsupportedError(f"{target.name}: its weight is on the meta device; load the model with its weights")
+
+
+def in_blocks(model: nn.Module, targets: list[Target], blocks: str) -> list[Target]:
+    """The targets inside some of the blocks of each stack.
+
+    Args:
+        model (`nn.Module`): the model.
+        targets (`list[Target]`): some of its weights.
+        blocks (`str`): `"first:last"`, without `last` itself; numbers, or percent of the blocks rounded down: `"0:50%"`,
+            `"4:"`, `":12"`.
+
+    Raises:
+        ConfigError: if it cannot be read, or no target is left.
+    """
+    match = re.fullmatch(r"\s*(?:(\d+)(%?))?\s*:\s*(?:(\d+)(%?))?\s*", blocks)
+    if match is None:
+        raise ConfigError(f"layers {blocks!r}: expected a range of blocks, for example '0:50%', '4:' or '2:10'")
+    inside: set[nn.Module] = set()
+    for _, stack in find_stacks(model):
+        ends = [
+            default if number is None else (int(number) * len(stack) // 100 if percent else int(number))
+            for number, percent, default in ((match[1], match[2], 0), (match[3], match[4], len(stack)))
+        ]
+        inside.update(module for block in stack[ends[0] : ends[1]] for module in block.modules())
+    left = [target for target in targets if target.module in inside]
+    if not left:
+        sizes = ", ".join(f"{name!r} has {len(stack)}" for name, stack in find_stacks(model))
+        raise ConfigError(f"layers {blocks!r} leaves no weight to prune; {sizes} blocks")
+    return left

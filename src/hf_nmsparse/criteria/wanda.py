@@ -6,20 +6,20 @@ from __future__ import annotations
 
 import torch
 
-from ..ops import top_n_mask
-from ..pattern import NMPattern
-from .base import Criterion, InputStatistics, register_criterion
+from ..pattern import Pattern
+from .base import Criterion, InputStatistics, keep_highest, register_criterion
 
 
 @register_criterion
 class Wanda(Criterion):
-    """Score `|W_ij| * ||X_j||_2`, in float32; equal scores are kept lowest index first.
+    """Score `|W_ij| * ||X_j||_2`, in float32; equal scores are kept lowest index first. Unstructured: compared within rows.
 
     The norm here is the root of the *mean* square over tokens: the order within a row is the same.
     """
 
     name = "wanda"
     needs = "norms"
+    unstructured = True
 
-    def mask(self, weight: torch.Tensor, statistics: InputStatistics | None, pattern: NMPattern) -> torch.Tensor:
-        return top_n_mask(weight.float().abs() * statistics.squared_norm.sqrt(), pattern)
+    def mask(self, weight: torch.Tensor, statistics: InputStatistics | None, pattern: Pattern) -> torch.Tensor:
+        return keep_highest(weight.float().abs() * statistics.squared_norm.sqrt(), pattern)

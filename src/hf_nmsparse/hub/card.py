@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model card of a published mask or packed model, filled from a `RunResults`. It claims nothing that they do not hold.
+"""The model card of a published mask, a packed or a masked model, filled from a `RunResults`. It claims nothing that they do not hold.
 
 Everything from the results is treated as foreign text: it is escaped for Markdown and HTML, kept on one line, and never
 rendered as a template.
@@ -7,12 +7,10 @@ rendered as a template.
 
 from __future__ import annotations
 
-import html
 import importlib.resources
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,22 +19,30 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..errors import ConfigError
+from ..errors import ConfigError, PatternError
 from ..files import write_file
-from ..pattern import NMPattern
+from ..packed.stored_mask import inside_24
+from ..pattern import NMPattern, Pattern, parse_pattern
 from ..results import MISSING, RunResults, is_finite
+from .markdown import fenced, layer_counts, megabytes, number, one_line, prose, ratio
 
 if TYPE_CHECKING:
     from ..adapter import NMSparseConfig
 
-Kind = Literal["mask", "packed"]
+Kind = Literal["mask", "packed", "masked"]
 
 _INSTALL = "pip install hf-nmsparse"
+_IMPORT_FIRST = "The import of `hf_nmsparse` has to come first: it registers the format."
 _WITHOUT_IMPORT = {
     "packed": "Without the import the load fails, as it must: transformers warns that the quantization type `nmsparse` is "
     "unknown and stops with a `RuntimeError` about mismatched sizes. Do not pass `ignore_mismatched_sizes=True`: that "
     "would load a model with random weights.",
     "mask": "Without the import the load fails, as it must: PEFT stops with `KeyError: 'NMSPARSE'`.",
+}
+_KINDS = {  # -> how a title begins, the relation to the base on the Hub, the library
+    "mask": ("Mask for", "adapter", "hf_nmsparse"),
+    "packed": ("Packed sparse model made from", "quantized", "transformers"),
+    "masked": ("Masked model made from", None, "transformers"),  # the Hub has no word for it
 }
 
 
@@ -51,7 +57,8 @@ def card_text(
 
     Args:
         results (`RunResults`): the run; what it does not hold is called "not measured".
-        kind (`str`): `"mask"` for a repository with mask codes only, `"packed"` for one with a packed model.
+        kind (`str`): `"mask"` for a repository with mask codes only, `"packed"` for one with a packed model, `"masked"` for
+            one with a plain model whose pruned weights are zero.
         license (`str`, *optional*): licence of the artefact, usually the base model's. Left out if unknown.
         language (`str` or `list[str]`, *optional*): ISO 639 codes.
         repo_id (`str`, *optional*): where it will be published; used in the code that loads it.
@@ -59,8 +66,8 @@ def card_text(
     Raises:
         ConfigError: for another `kind`.
     """
-    if kind not in _WITHOUT_IMPORT:
-        raise ConfigError(f"kind {kind!r} of a model card; expected 'mask' or 'packed'")
+    if kind not in _KINDS:
+        raise ConfigError(f"kind {kind!r} of a model card; expected 'mask', 'packed' or 'masked'")
     template = importlib.resources.files(__package__).joinpath("MODEL_CARD_TEMPLATE.md").read_text(encoding="utf-8")
     card = ModelCard.from_template(
         _metadata(results, kind, license, language, repo_id), template_str=template, **_body(results, kind, repo_id)
@@ -93,17 +100,19 @@ def _metadata(
 ) -> ModelCardData:
     base = results.base_model if _is_hub_id(results.base_model) else None
     pattern = results.parsed_pattern
-    tags = ["nmsparse", "mask" if kind == "mask" else None, str(pattern) if pattern else None]
+    tags = ["nmsparse", "mask" if kind == "mask" else None, str(pattern) if pattern else None, "sparsity", "pruned"]
+    if not results.pattern or pattern:
+        tags.append("semi-structured-sparsity")
     evaluation = _evaluation(results, kind)
     languages = [language] if isinstance(language, str) else [*(language or ())]
     return ModelCardData(
         base_model=base,
-        base_model_relation=({"mask": "adapter", "packed": "quantized"}[kind] if base else None),
-        library_name={"mask": "hf_nmsparse", "packed": "transformers"}[kind],
+        base_model_relation=_KINDS[kind][1] if base else None,
+        library_name=_KINDS[kind][2],
         pipeline_tag="text-generation",
-        tags=[tag for tag in (*tags, "sparsity", "pruned", "semi-structured-sparsity") if tag],
-        license=_line(license) if license else None,
-        language=[_line(code) for code in languages] or None,
+        tags=[tag for tag in tags if tag],
+        license=one_line(license) if license else None,
+        language=[one_line(code) for code in languages] or None,
         metrics=["perplexity"] if evaluation else None,
         eval_results=[evaluation] if evaluation else None,
         model_name=_model_name(results, kind, repo_id) if evaluation else None,
@@ -121,7 +130,7 @@ def _evaluation(results: RunResults, kind: Kind) -> EvalResult | None:
     return EvalResult(
         task_type="text-generation",
         dataset_type="text",
-        dataset_name=_line(results.data.get("evaluation") or "held-out text"),
+        dataset_name=one_line(results.data.get("evaluation") or "held-out text"),
         metric_type="perplexity",
         metric_name="held-out token perplexity",
         metric_value=rows[row],
@@ -141,79 +150,88 @@ def _is_hub_id(name: Any) -> bool:
 
 def _model_name(results: RunResults, kind: Kind, repo_id: str | None) -> str:
     if repo_id:
-        return _line(repo_id).rsplit("/", 1)[-1]
-    base = re.split(r"[/\\]", _line(results.base_model or "model").rstrip("/\\"))[-1]
+        return one_line(repo_id).rsplit("/", 1)[-1]
+    base = re.split(r"[/\\]", one_line(results.base_model or "model").rstrip("/\\"))[-1]
     pattern = results.parsed_pattern
     return f"{base}-{pattern}-{kind}" if pattern else f"{base}-{kind}"
 
 
 # --- body -----------------------------------------------------------------------------------------------------------
 def _body(results: RunResults, kind: Kind, repo_id: str | None) -> dict[str, Any]:
-    pattern = results.parsed_pattern
-    kept = f"{pattern}, {pattern.n} kept of {pattern.m}" if pattern else _prose(results.pattern)
-    base = _prose(results.base_model)
-    what = {"mask": "Mask for", "packed": "Packed sparse model made from"}[kind]
+    pattern = _pattern(results)
+    base = prose(results.base_model)
     dense_rows = [name for name in results.perplexity if name.strip().lower() == "dense"]
     dense = results.perplexity[dense_rows[0]] if dense_rows else None
     return {
         "missing": MISSING,
-        "title": f"{what} {base if results.base_model else 'a base model'}",
+        "title": f"{_KINDS[kind][0]} {base if results.base_model else 'a base model'}",
         "summary": _summary(results, kind, pattern),
-        "install": _fenced(_INSTALL, "bash"),
         "load": _load(results, kind, repo_id),
-        "without_import": _WITHOUT_IMPORT[kind],
         "base_model": base if _is_hub_id(results.base_model) or not results.base_model else f"{base} (not a Hub id)",
-        "base_revision": _prose(results.base_revision),
-        "pattern": kept,
-        "method": _prose(results.method),
-        "sparse": _layers(results.sparse_layers),
-        "dense": _layers(results.dense_layers),
+        "base_revision": prose(results.base_revision),
+        "pattern": _kept(results, pattern),
+        "method": prose(results.method),
+        "sparse": layer_counts(results.sparse_layers),
+        "dense": layer_counts(results.dense_layers),
         "besides": _besides(results, kind),
         "data": [
-            (_prose(role), _prose(text))
+            (prose(role), prose(text))
             for role, text in ({"calibration": None, "training": None, "evaluation": None} | results.data).items()
         ],
-        "seed": _prose(results.seed),
+        "seed": prose(results.seed),
         "steps": _steps(results),
-        "base_unchanged": _number(results.base_unchanged),
-        "reload_bit_equal": _number(results.reload_bit_equal),
-        "command": _fenced("\n".join(map(_line, str(results.command).splitlines())), "bash")
+        "base_unchanged": number(results.base_unchanged),
+        "reload_bit_equal": number(results.reload_bit_equal),
+        "command": fenced("\n".join(map(one_line, str(results.command).splitlines())), "bash")
         if results.command
         else MISSING,
         "perplexity": [
-            (_prose(name), _number(results.perplexity[name]), _ratio(results.perplexity[name], dense))
+            (prose(name), number(results.perplexity[name]), ratio(results.perplexity[name], dense))
             for name in [*dense_rows, *(name for name in results.perplexity if name not in dense_rows)]
         ],
-        "evaluation": _prose(results.data.get("evaluation")),
-        "tokens": _number(results.perplexity_tokens),
-        "window": _number(results.perplexity_sequence_length),
+        "evaluation": prose(results.data.get("evaluation")),
+        "tokens": number(results.perplexity_tokens),
+        "window": number(results.perplexity_sequence_length),
         "bounds": [
             (
                 f"{'mask and terms' if results.terms else 'mask'}, bits per pruned weight",
-                _number(results.mask_bits_per_weight),
-                _number(results.mask_bits_bound),
+                number(results.mask_bits_per_weight),
+                number(results.mask_bits_bound),
             ),
-            ("packed bytes over dense bfloat16 bytes, pruned layers", _number(results.packed_ratio), ""),
+            ("packed bytes over dense bfloat16 bytes, pruned layers", number(results.packed_ratio), ""),
         ],
-        "sizes": [(_prose(name), _size(value), _number(value)) for name, value in results.sizes.items()],
+        "sizes": [(prose(name), megabytes(value), number(value)) for name, value in results.sizes.items()],
         "speed": [
-            [
-                _prose(entry.get(key)) if key in ("name", "device") else _number(entry.get(key))
-                for key in _SPEED_COLUMNS
-            ]
+            [prose(entry.get(key)) if key in ("name", "device") else number(entry.get(key)) for key in _SPEED_COLUMNS]
             for entry in results.speed
         ],
         "limits": _limits(results, kind),
-        "environment": [(_prose(name), _prose(version)) for name, version in results.environment.items()],
+        "environment": [(prose(name), prose(version)) for name, version in results.environment.items()],
     }
 
 
 _SPEED_COLUMNS = ("name", "device", "tokens", "milliseconds", "ratio")
 
 
-def _summary(results: RunResults, kind: Kind, pattern: NMPattern | None) -> str:
-    base = _prose(results.base_model) if results.base_model else "its base model"
-    rule = f"{pattern.n} of every {pattern.m} consecutive weights" if pattern else "n of every m consecutive weights"
+def _pattern(results: RunResults) -> Pattern | None:
+    try:
+        return None if results.pattern is None else parse_pattern(results.pattern)
+    except PatternError:
+        return None
+
+
+def _kept(results: RunResults, pattern: Pattern | None) -> str:
+    if isinstance(pattern, NMPattern):
+        return f"{pattern}, {pattern.n} kept of {pattern.m}"
+    return prose(results.pattern) if pattern is None else f"none, {pattern} of the weights of each layer pruned"
+
+
+def _summary(results: RunResults, kind: Kind, pattern: Pattern | None) -> str:
+    base = prose(results.base_model) if results.base_model else "its base model"
+    if kind == "masked":
+        return _masked_summary(results, base, pattern)
+    nm = isinstance(pattern, NMPattern)
+    rule = f"{pattern.n} of every {pattern.m} consecutive weights" if nm else "n of every m consecutive weights"
     if kind == "mask":
         return (
             f"This is an N:M sparsity mask for {base}: it says which {rule} of each pruned linear layer are kept. The "
@@ -225,10 +243,32 @@ def _summary(results: RunResults, kind: Kind, pattern: NMPattern | None) -> str:
     )
 
 
+def _masked_summary(results: RunResults, base: str, pattern: Pattern | None) -> str:
+    if results.side_branch:
+        return (
+            f"This is {base} with a mask and the terms beside it merged into plain weights. These are dense: the terms "
+            "fill the places that the mask prunes."
+        )
+    if isinstance(pattern, NMPattern):
+        rule = f"of each pruned linear layer {pattern.n} of every {pattern.m} consecutive weights are kept, the others"
+    elif pattern is not None:
+        rule = f"{pattern} of the weights of each pruned linear layer"
+    else:
+        rule = "the pruned weights"
+    return (
+        f"This is {base}, pruned: {rule} are zero. The zeros are stored and multiplied like all other weights: the model "
+        "has the size and the speed of the dense one."
+    )
+
+
 def _besides(results: RunResults, kind: Kind) -> list[str]:
     """What else than a mask on linear layers the repository holds; one line each."""
-    lines, branch, delta = [], _prose(results.side_branch), _prose(results.terms.get("delta_rank"))
-    if results.side_branch:
+    lines, branch, delta = [], prose(results.side_branch), prose(results.terms.get("delta_rank"))
+    if kind != "mask":
+        lines += _changes(results)
+    if results.side_branch and kind == "masked":
+        lines.append(f"Merged into the weights: {branch}.")
+    elif results.side_branch:
         lines.append(
             f"Beside the mask: {branch}, part of what the model computes. Merging it with the mask gives dense weights; "
             "`nms.compress` keeps it beside the packed ones."
@@ -246,29 +286,73 @@ def _besides(results: RunResults, kind: Kind) -> list[str]:
         )
     if results.fused_experts:
         lines.append(
-            f"Fused experts under the mask: {_layers(results.fused_experts)}. They cannot be packed, and stay dense with zeros."
+            f"Fused experts under the mask: {layer_counts(results.fused_experts)}. They cannot be packed, and stay dense with zeros."
             if kind == "mask"
-            else f"Fused experts: {_layers(results.fused_experts)}. They follow the pattern too, but are stored dense with zeros."
+            else f"Fused experts: {layer_counts(results.fused_experts)}. They follow the pattern too, but are stored dense with zeros."
+        )
+    return lines
+
+
+def _changes(results: RunResults) -> list[str]:
+    """What pruning did to the weights that are kept."""
+    method = prose(results.method) if results.method else "the method"
+    lines = {
+        "keep": ["Kept weights: bit-equal to those of the base."],
+        "update": [f"Kept weights: given new values by {method}."],
+        "refit": [
+            "Kept weights: fitted anew under the mask, to the outputs of the dense layers on the calibration text."
+        ],
+    }.get(results.kept_weights, [])
+    if results.permuted_layers:
+        lines.append(
+            f"Channels put into another order before pruning, which the model absorbs: {layer_counts(results.permuted_layers)}. "
+            "Their weights are compared with the base's in that order."
+        )
+    if results.dense_budget is not None:
+        lines.append(
+            f"The layers that pruning hurts most were left dense, up to {number(100 * results.dense_budget)} % of the bytes."
         )
     return lines
 
 
 def _load(results: RunResults, kind: Kind, repo_id: str | None) -> str:
     repo = json.dumps(repo_id or "<this repository>")
+    plain = f"from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained({repo})"
+    if kind == "masked":
+        parts = ["Nothing but Transformers is needed.", fenced(plain, "python"), _packing(results, plain)]
+        return "\n\n".join(part for part in parts if part)
     if kind == "packed":
-        return _fenced(
-            "import hf_nmsparse\nfrom transformers import AutoModelForCausalLM\n\n"
-            f"model = AutoModelForCausalLM.from_pretrained({repo})",
-            "python",
-        )
+        code = fenced(f"import hf_nmsparse\n{plain}", "python")
+    else:
+        code = _mask_code(results, repo)
+    return "\n\n".join([_IMPORT_FIRST, fenced(_INSTALL, "bash"), code, _WITHOUT_IMPORT[kind]])
+
+
+def _packing(results: RunResults, plain: str) -> str:
+    """How to get a smaller model out of a masked one."""
+    pattern = _pattern(results)
+    if results.side_branch:
+        return "To get a smaller model, compress the base model with its mask (`nmsparse compress BASE --mask MASK`)."
+    if pattern is None:
+        return ""
+    if not isinstance(pattern, NMPattern) or not inside_24(pattern):
+        return f"It cannot be packed: that takes a pattern that keeps at most 2 of 4 weights, and this is {pattern}."
+    code = fenced(f"import hf_nmsparse as nms\n{plain}\nmodel = nms.compress(model)", "python")
+    return (
+        "To store only the kept values and their positions, pack it, here or with `nmsparse compress`:\n\n"
+        f"{fenced(_INSTALL, 'bash')}\n\n{code}"
+    )
+
+
+def _mask_code(results: RunResults, repo: str) -> str:
     revision = f", revision={json.dumps(str(results.base_revision))}" if results.base_revision else ""
     base = json.dumps(str(results.base_model or "<the base model>")) + revision
     head = "import hf_nmsparse as nms\n"
     model = f"from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained({base})\n"
-    with_peft = _fenced(
+    with_peft = fenced(
         f"{head}from peft import PeftModel\n{model}model = PeftModel.from_pretrained(model, {repo})", "python"
     )
-    with_nms = _fenced(f"{head}{model}model = nms.load_mask(model, {repo})", "python")
+    with_nms = fenced(f"{head}{model}model = nms.load_mask(model, {repo})", "python")
     return f"{with_peft}\n\nor, without PEFT's own entry point,\n\n{with_nms}"
 
 
@@ -276,11 +360,15 @@ def _limits(results: RunResults, kind: Kind) -> list[str]:
     text = results.data.get("evaluation")
     rows = bool(results.perplexity)
     limits = [
-        f"Evaluated on {_prose(text) if text else 'the text of the table above'} only; other text, and tasks, were {MISSING}."
+        f"Evaluated on {prose(text) if text else 'the text of the table above'} only; other text, and tasks, were {MISSING}."
         if rows
         else f"Its quality was {MISSING}.",
-        "Speed depends on the device, the shapes and the number of tokens; a sparse layer can be slower than a dense one.",
     ]
+    if kind == "masked":
+        return limits + ["As it is stored it saves neither memory nor time."]
+    limits.append(
+        "Speed depends on the device, the shapes and the number of tokens; a sparse layer can be slower than a dense one."
+    )
     if kind == "mask":
         limits.append("It fits only the exact base weights it was made for; other weights are refused.")
     else:
@@ -288,60 +376,8 @@ def _limits(results: RunResults, kind: Kind) -> list[str]:
     return limits
 
 
-# --- words ----------------------------------------------------------------------------------------------------------
-def _number(value: Any) -> str:
-    if value is None:
-        return MISSING
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if is_finite(value):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return _prose(value)
-
-
-def _ratio(value: Any, dense: Any) -> str:
-    return f"{value / dense:.2f}" if is_finite(value) and is_finite(dense) and dense else MISSING
-
-
-def _size(value: Any) -> str:
-    return f"{value / 1e6:,.2f} MB" if is_finite(value) else _number(value)
-
-
 def _steps(results: RunResults) -> str:
     if results.steps is None:
         return MISSING
-    planned = f" of {_number(results.planned_steps)} planned" if results.planned_steps is not None else ""
-    return _number(results.steps) + planned
-
-
-def _layers(names: Sequence[str]) -> str:
-    """Layers counted by the last part of their name; few of them are named in full."""
-    if not names:
-        return MISSING
-    if len(names) <= 4:
-        return ", ".join(_prose(name) for name in names)
-    kinds = Counter(str(name).rsplit(".", 1)[-1] for name in names)
-    return f"{len(names):,} (" + ", ".join(f"{_prose(kind)} × {n:,}" for kind, n in kinds.items()) + ")"
-
-
-def _line(text: Any) -> str:
-    """`text` on one line without control characters: fit for YAML values."""
-    return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
-
-
-def _prose(text: Any) -> str:
-    """Foreign text in Markdown: one line, no HTML, no markup, no table cell's end."""
-    if text is None or text == "":
-        return MISSING
-    escaped = re.sub(r"([\\`*\[\]|~#])", r"\\\1", html.escape(_line(text), quote=False))
-    # An underscore inside a word is no emphasis; q_proj stays readable.
-    return re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", escaped)
-
-
-def _fenced(code: str, language: str) -> str:
-    """A code block whose fence is longer than any run of backticks inside."""
-    longest = max((len(run) for run in re.findall(r"`+", code)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}{language}\n{code}\n{fence}"
+    planned = f" of {number(results.planned_steps)} planned" if results.planned_steps is not None else ""
+    return number(results.steps) + planned

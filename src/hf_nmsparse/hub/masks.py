@@ -26,9 +26,11 @@ from ..adapter import (
     mask_layers,
     term_shapes,
 )
+from ..criteria import PruneReport
 from ..errors import BaseModelMismatchError, ConfigError, FormatError
 from ..files import staged_folder
 from ..fingerprint import digest, rounding_hint, to_hex
+from ..pattern import NMPattern, parse_pattern
 from ..results import RunResults
 from .card import card_text, terms_of
 from .mask_file import PREFIX, PublishedMask, read_mask, stored_paths
@@ -42,23 +44,52 @@ def save_mask(
     folder: str | os.PathLike,
     adapter_name: str | None = None,
     results: RunResults | None = None,
+    report: PruneReport | None = None,
 ) -> Path:
-    """Publish the hard mask of an adapter into a folder: codes, config and card. The model stays as it is.
+    """Publish a mask into a folder: codes, config and card. The model stays as it is.
 
-    Terms beside the mask (SLoRB, low rank, delta) are stored in the dtype of the base weight.
+    It is the hard mask of an adapter, with the terms beside it (SLoRB, low rank, delta) in the dtype of the base weight; or,
+    with `report`, the one that one-shot pruning chose. That is the mask of the dense model as it was before: new values
+    that pruning gave to kept weights are no part of it.
 
     Args:
-        model (`PeftModel` or a model with a mask adapter): the model.
+        model (`PeftModel` or a model with a mask adapter): the model; with `report` the plain one that was pruned, packed or
+            not, of which only class and config are read.
         folder (`str` or `Path`): written whole or not at all; other files in it stay.
         adapter_name (`str`, *optional*): which adapter; the active one by default.
-        results (`RunResults`, *optional*): what was measured, for the card.
+        results (`RunResults`, *optional*): what was measured, for the card. With `report` the base model is the one that
+            they name, if they do.
+        report (`PruneReport`, *optional*): what `nms.prune` returned.
 
     Returns:
         the folder.
 
     Raises:
-        ConfigError: if the model has no such mask adapter, or its logits are not finite.
+        ConfigError: if the model has no such mask adapter, its logits are not finite, or the report holds no mask.
     """
+    results = copy.deepcopy(results) if results is not None else RunResults()
+    if report is None:
+        config, tensors = _of_adapter(model, adapter_name, results)
+    elif adapter_name is not None or mask_layers(model):
+        raise ConfigError("report= is for a plain pruned model; leave it out to publish the mask of an adapter")
+    else:
+        config, tensors = _of_report(model, report, results)
+    base_class = type(_plain(model))  # AutoPeftModel finds the base's class by this
+    config.auto_mapping = {"base_model_class": base_class.__name__, "parent_library": base_class.__module__}
+    results.pattern, results.terms = config.pattern, terms_of(config)
+    results.base_model = results.base_model or config.base_model_name_or_path
+    results.base_revision = results.base_revision or config.revision
+    with staged_folder(folder) as staging:
+        (staging / SAFETENSORS_WEIGHTS_NAME).write_bytes(save(tensors, metadata={"format": "pt"}))
+        config.save_pretrained(str(staging))
+        (staging / "README.md").write_text(card_text(results, "mask"), encoding="utf-8")
+    return Path(folder)
+
+
+def _of_adapter(
+    model: nn.Module, adapter_name: str | None, results: RunResults
+) -> tuple[NMSparseConfig, dict[str, torch.Tensor]]:
+    """Config and tensors of an adapter's mask; `results` gets its layers."""
     adapter_name = adapter_name or active_mask(model)
     layers = mask_layers(model, adapter_name)
     if not layers:
@@ -74,20 +105,43 @@ def save_mask(
     tensors: dict[str, torch.Tensor] = {}
     for name, place in stored_paths(linear, parameters).items():
         tensors |= _stored_tensors(place, layers[name], adapter_name)
-    config = published_config(stored, linear, parameters)
-    base_class = type(_plain(model))  # AutoPeftModel finds the base's class by this
-    config.auto_mapping = {"base_model_class": base_class.__name__, "parent_library": base_class.__module__}
-    results = copy.deepcopy(results) if results is not None else RunResults()
-    results.pattern, results.sparse_layers = config.pattern, sorted(layers)
-    results.terms = terms_of(stored)
+    results.sparse_layers = sorted(layers)
     results.fused_experts = sorted(name for name in parameters if layers[name].base_weight.is_fused_experts)
-    results.base_model = results.base_model or config.base_model_name_or_path
-    results.base_revision = results.base_revision or config.revision
-    with staged_folder(folder) as staging:
-        (staging / SAFETENSORS_WEIGHTS_NAME).write_bytes(save(tensors, metadata={"format": "pt"}))
-        config.save_pretrained(str(staging))
-        (staging / "README.md").write_text(card_text(results, "mask"), encoding="utf-8")
-    return Path(folder)
+    return published_config(stored, linear, parameters), tensors
+
+
+def _of_report(
+    model: nn.Module, report: PruneReport, results: RunResults
+) -> tuple[NMSparseConfig, dict[str, torch.Tensor]]:
+    """Config and tensors of the mask that pruning chose; `results` gets its layers."""
+    if not report.codes:
+        raise ConfigError(f"the report holds no mask to publish: {why_no_mask(report)}")
+    linear = [name for name, codes in report.codes.items() if not codes.fused_experts]
+    parameters = [name for name, codes in report.codes.items() if codes.fused_experts]
+    tensors: dict[str, torch.Tensor] = {}
+    for name, place in stored_paths(linear, parameters).items():
+        codes = report.codes[name]
+        tensors |= _named(place, _codes(codes.packed, codes.base))
+    model_config = getattr(model, "config", None)
+    config = NMSparseConfig(
+        pattern=report.pattern,
+        prior=report.criterion,
+        base_model_name_or_path=results.base_model or getattr(model_config, "_name_or_path", None) or None,
+        revision=results.base_revision or getattr(model_config, "_commit_hash", None),
+        target_parameters=parameters or None,
+    )
+    results.sparse_layers, results.fused_experts = sorted(report.codes), sorted(parameters)
+    results.method = results.method or report.criterion
+    return published_config(config, linear, parameters), tensors
+
+
+def why_no_mask(report: PruneReport) -> str:
+    """Why a report holds no codes."""
+    if report.permuted:
+        return "channels were permuted, so it would not be one of the base model as it is"
+    if not isinstance(parse_pattern(report.pattern), NMPattern):
+        return f"{report.pattern} has no groups, and codes are of groups"
+    return "channels were to be permuted, or only some of the experts of each block were pruned"
 
 
 def _names_by_kind(layers: dict[str, NMSparseLayer]) -> tuple[list[str], list[str]]:
@@ -100,16 +154,20 @@ def _names_by_kind(layers: dict[str, NMSparseLayer]) -> tuple[list[str], list[st
 def _stored_tensors(place: str, layer: NMSparseLayer, adapter_name: str) -> dict[str, torch.Tensor]:
     pattern = layer.relaxations[adapter_name].pattern
     packed = ops.pack_codes(layer.mask_codes(adapter_name), pattern, layer.in_features).cpu()
-    values = {
-        "nmsparse_packed": packed,
-        "nmsparse_digest": digest(packed),
-        "nmsparse_base": layer.nmsparse_base[adapter_name].cpu(),
-    }
+    values = _codes(packed, layer.nmsparse_base[adapter_name].cpu())
     stored = layer.base_weight.stored
     dtype = stored.dtype if stored.is_floating_point() else torch.float32
     for container in TERM_CONTAINERS:
         if adapter_name in getattr(layer, container):
             values[f"{container}.weight"] = getattr(layer, container)[adapter_name].weight.detach().to("cpu", dtype)
+    return _named(place, values)
+
+
+def _codes(packed: torch.Tensor, base: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"nmsparse_packed": packed, "nmsparse_digest": digest(packed), "nmsparse_base": base}
+
+
+def _named(place: str, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {f"{PREFIX}{place}.{part}": value.contiguous() for part, value in values.items()}
 
 

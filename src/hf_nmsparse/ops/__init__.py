@@ -10,8 +10,10 @@ from ..codec import (
     count_groups,
     mask_to_codes,
     pack_24,
+    pack_bits,
     pack_codes,
     unpack_24,
+    unpack_bits,
     unpack_codes,
 )
 from .linear24 import Linear24Backend, linear_24, linear_24_backend, register_linear_24_backend
@@ -40,11 +42,13 @@ __all__ = [
     "mask_to_codes",
     "masked_weight",
     "pack_24",
+    "pack_bits",
     "pack_codes",
     "pool_blocks",
     "register_linear_24_backend",
     "soft_mask",
     "top_n_mask",
     "unpack_24",
+    "unpack_bits",
     "unpack_codes",
 ]

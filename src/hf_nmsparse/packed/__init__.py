@@ -5,6 +5,7 @@ from .compress import PackedSizes, check_compress, compress, decompress, packed_
 from .config import PackedConfig
 from .explain import Explanation, explain
 from .modules import SparseLinear24
+from .pack_files import pack_files, packable_layers
 from .quantizer import PackedQuantizer, register
 from .stored_mask import StoredLayerMask, StoredMask
 
@@ -20,6 +21,8 @@ __all__ = [
     "compress",
     "decompress",
     "explain",
+    "pack_files",
+    "packable_layers",
     "packed_sizes",
     "register",
 ]

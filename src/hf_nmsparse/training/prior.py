@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -16,7 +17,17 @@ from torch import nn
 
 from .. import ops
 from ..adapter import NMSparseLayer, mask_layers
-from ..criteria import Criterion, PruneReport, Target, get_criterion, known_criteria, walk
+from ..criteria import (
+    Choice,
+    Criterion,
+    PruneReport,
+    Target,
+    WalkOptions,
+    expert_view,
+    get_criterion,
+    known_criteria,
+    walk,
+)
 from ..errors import ConfigError, UnsupportedError
 from ..hub.mask_file import read_mask
 from ..hub.masks import active_mask, match_to_model
@@ -136,27 +147,41 @@ def _criterion_masks(
     progress: bool,
 ) -> tuple[dict[str, torch.Tensor], PruneReport]:
     parts: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
-    targets = [target for name, layer in layers.items() for target in targets_of(name, layer, parts[name].append)]
+    targets = [
+        target
+        for name, layer in layers.items()
+        for target in targets_of(name, layer, lambda choice, masks=parts[name]: masks.append(choice.mask))
+    ]
     report = walk_dense(model, layers, targets, criterion, pattern, calibration, tokenizer, progress)
     return {name: torch.cat(masks) for name, masks in parts.items()}, report
 
 
-def targets_of(name: str, layer: NMSparseLayer, install: Callable[[torch.Tensor], None]) -> list[Target]:
+def targets_of(name: str, layer: NMSparseLayer, install: Callable[[Choice], None]) -> list[Target]:
     """What the engine prunes for one mask layer: its weight, or those of each of its experts, in their order.
 
     Raises:
         UnsupportedError: for a parameter of unknown layout.
     """
     base = layer.base_weight
+    if base.backend is not None:
+        return [Target(name, base.module, install, computed=base.read)]
     if base.parameter_name == "weight":
-        weight = base.read if base.backend is not None else base.read().detach()
-        return [Target(name, base.module, weight, install)]
+        return [Target(name, base.module, install, view=torch.t if base.transposed else torch.Tensor.detach)]
     if not base.is_fused_experts:
         raise UnsupportedError(
             f"{name} is no weight of a linear layer nor of fused experts; give its mask yourself: nms.set_prior(model, masks)"
         )
-    views = [expert.T if base.transposed else expert for expert in base.stored.detach()]
-    return [Target(f"{name}.{number}", base.module, view, install, number) for number, view in enumerate(views)]
+    return [
+        Target(
+            f"{name}.{number}",
+            base.module,
+            install,
+            base.parameter_name,
+            functools.partial(expert_view, base.module, number),
+            expert=number,
+        )
+        for number in range(base.num_experts)
+    ]
 
 
 def walk_dense(
@@ -174,4 +199,4 @@ def walk_dense(
     with contextlib.ExitStack() as stack:
         for layer in layers.values():
             stack.enter_context(layer.masks_off())
-        return walk(plain, targets, criterion, pattern, calibration, tokenizer, progress)
+        return walk(plain, targets, criterion, pattern, calibration, tokenizer, WalkOptions(progress=progress))

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..adapter import NMSparseConfig, NMSparseLayer, mask_layers
 from ..adapter.terms import block_projection, fit_low_rank, fit_slorb, side_branch
-from ..criteria import Criterion, InputStatistics
+from ..criteria import BlockInputs, Choice, Criterion, InputStatistics
 from ..errors import ConfigError
 from ..hub.masks import active_mask
 from ..pattern import NMPattern
@@ -73,7 +73,7 @@ def fit_side_branch(
     if any(layer.merged for layer in layers.values()):
         raise ConfigError("the adapter is merged into the weights; unmerge it first (model.unmerge_adapter())")
     fit = _Fit(layers, adapter_name, config)
-    targets = [target for name, layer in layers.items() for target in targets_of(name, layer, lambda mask: None)]
+    targets = [target for name, layer in layers.items() for target in targets_of(name, layer, lambda choice: None)]
     with torch.no_grad():
         walk_dense(model, layers, targets, fit, config.pattern, calibration, tokenizer, progress)
         for name, terms in fit.terms.items():  # only now that all are there
@@ -94,16 +94,11 @@ class _Fit(Criterion):
         self.report: list[BranchFit] = []
 
     def mask(self, weight: torch.Tensor, statistics: InputStatistics | None, pattern: NMPattern) -> torch.Tensor:
-        raise NotImplementedError("the masks are those of the layers; see block_masks")
+        raise NotImplementedError("the masks are those of the layers; see choose_block")
 
-    def block_masks(
-        self,
-        weights: Mapping[str, torch.Tensor],
-        statistics: Mapping[str, InputStatistics | None],
-        pattern: NMPattern,
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, weight in weights.items():
-            layer, hessian = self.layers[name], statistics[name].hessian
+    def choose_block(self, inputs: BlockInputs) -> Iterator[tuple[str, Choice]]:
+        for name, weight in inputs.weights.items():
+            layer, hessian = self.layers[name], inputs.statistics[name].hessian
             residual = layer.hard_weight([self.adapter_name]).float() - weight.float()
             terms = self._fitted(residual, hessian)
             branch = side_branch(terms, self.config).dense(weight.shape[1])
@@ -111,7 +106,7 @@ class _Fit(Criterion):
             errors = [_energy(rest, hessian) / whole for rest in (residual, residual + branch)]
             self.terms[name] = terms
             self.report.append(BranchFit(name, *errors))
-            yield name, layer.hard_mask(self.adapter_name)
+            yield name, Choice(layer.hard_mask(self.adapter_name))
 
     def _fitted(self, residual: torch.Tensor, hessian: torch.Tensor) -> dict[str, torch.Tensor]:
         terms: dict[str, torch.Tensor] = {}

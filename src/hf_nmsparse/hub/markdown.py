@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Values and foreign text as Markdown: escaped for Markdown and HTML, on one line."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from ..results import MISSING, is_finite
+
+
+def number(value: Any) -> str:
+    """A number with thousands separated or four digits; what is no number as text."""
+    if value is None:
+        return MISSING
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if is_finite(value):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return prose(value)
+
+
+def ratio(value: Any, dense: Any) -> str:
+    """`value / dense`, where both are numbers."""
+    return f"{value / dense:.2f}" if is_finite(value) and is_finite(dense) and dense else MISSING
+
+
+def megabytes(value: Any) -> str:
+    """Bytes in MB."""
+    return f"{value / 1e6:,.2f} MB" if is_finite(value) else number(value)
+
+
+def layer_counts(names: Sequence[str]) -> str:
+    """Layers counted by the last part of their name; few of them are named in full."""
+    if not names:
+        return MISSING
+    if len(names) <= 4:
+        return ", ".join(prose(name) for name in names)
+    kinds = Counter(str(name).rsplit(".", 1)[-1] for name in names)
+    return f"{len(names):,} (" + ", ".join(f"{prose(kind)} × {n:,}" for kind, n in kinds.items()) + ")"
+
+
+def one_line(text: Any) -> str:
+    """`text` on one line without control characters: fit for YAML values."""
+    return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+
+
+def prose(text: Any) -> str:
+    """Foreign text in Markdown: one line, no HTML, no markup, no table cell's end."""
+    if text is None or text == "":
+        return MISSING
+    escaped = re.sub(r"([\\`*\[\]|~#])", r"\\\1", html.escape(one_line(text), quote=False))
+    # An underscore inside a word is no emphasis; q_proj stays readable.
+    return re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", escaped)
+
+
+def fenced(code: str, language: str) -> str:
+    """A code block whose fence is longer than any run of backticks inside."""
+    longest = max((len(run) for run in re.findall(r"`+", code)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{code}\n{fence}"
