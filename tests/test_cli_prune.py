@@ -179,6 +179,9 @@ def test_a_share_is_pruned_without_a_mask(there):
     card = Path("out/README.md").read_text()
     assert "60% of the weights" in card and "2 of 4" in card and "nms.compress" not in card
     assert RunResults.read("out/results.json").pattern == "60%"
+    verified, inspected = facts("verify out"), facts("inspect out")
+    assert verified["ok"] and verified["pattern"] == "60%" and verified["layers"] == len(inspected["layers"]) == 21
+    assert run("verify out --pattern 80%", 1).stdout.count("no layer follows 80%") == 1
 
 
 def test_permuted_channels_leave_no_mask(there):

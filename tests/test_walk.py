@@ -383,7 +383,9 @@ def test_a_killed_run_with_permuted_channels_goes_on(make_llama, tokens, tmp_pat
     options = {"permute_channels": True, "progress": False}
     expected = prune(whole, Doubling(), "2:4", tokens, **options)
     with pytest.raises(RuntimeError, match="killed"):
-        prune(model, Doubling("model.layers.1.mlp.up_proj"), "2:4", tokens, checkpoint_folder=tmp_path / "a", **options)
+        prune(
+            model, Doubling("model.layers.1.mlp.up_proj"), "2:4", tokens, checkpoint_folder=tmp_path / "a", **options
+        )
     report = prune(model, Doubling(), "2:4", tokens, checkpoint_folder=tmp_path / "a", **options)
     assert same(model, whole) and sorted(report.permuted) == sorted(expected.permuted)
 

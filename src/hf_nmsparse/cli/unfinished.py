@@ -84,14 +84,10 @@ class Unfinished:
         self._write()
 
     def layers_done(self) -> int:
-        """How many layers the finished blocks have; of a damaged one none, which the engine will name."""
-        from safetensors import SafetensorError, safe_open
+        """How many layers the finished blocks have."""
+        from ..criteria import finished_layers
 
-        done = 0
-        for path in self.blocks.glob("*.safetensors"):
-            with contextlib.suppress(SafetensorError), safe_open(path, framework="pt") as file:
-                done += sum(name.endswith(".mask") for name in file.keys())  # noqa: SIM118
-        return done
+        return finished_layers(self.blocks)
 
     @property
     def _has_work(self) -> bool:

@@ -12,6 +12,7 @@ from .base import (
     register_criterion,
 )
 from .engine import WalkOptions, walk
+from .ledger import finished_layers
 from .magnitude import Magnitude
 from .oneshot import prune
 from .polish import Polish, polish_mask
@@ -45,6 +46,7 @@ __all__ = [
     "expert_view",
     "find_stacks",
     "find_weights",
+    "finished_layers",
     "get_criterion",
     "in_place",
     "is_router",

@@ -337,7 +337,7 @@ class Walk:
 
     def codes(self) -> dict[str, LayerCodes]:
         """The masks as they are published: of fused experts those of all in one."""
-        if not isinstance(self.pattern, NMPattern) or self.reordering is not None:
+        if not isinstance(self.pattern, NMPattern) or self.ledger.permuted:
             return {}
         parts: dict[str, list[Target]] = {}
         for target in self.targets:

@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 
 from .. import ops
 from ..adapter import linear_and_expert_weights, mask_layers
-from ..errors import ConfigError, FormatError
+from ..errors import ConfigError, FormatError, PatternError
 from ..packed import SparseLinear24
 from ..packed.checkpoint import check_packed_files, check_slorb_block
-from ..pattern import NMPattern
+from ..pattern import NMPattern, Pattern, parse_pattern
 from ..results import RunResults
 from .mask_file import read_mask
 from .remote import local_folder
@@ -71,7 +71,7 @@ class VerifyReport:
 
 def verify(
     model_or_path: nn.Module | str | os.PathLike,
-    pattern: str | NMPattern | None = None,
+    pattern: str | Pattern | None = None,
     revision: str | None = None,
     task: str | None = None,
 ) -> VerifyReport:
@@ -82,8 +82,9 @@ def verify(
 
     Args:
         model_or_path (`nn.Module`, `str` or `Path`): what to check.
-        pattern (`str` or `NMPattern`, *optional*): for masked plain models; by default the one that a results file
-            beside the model names, else 2:4.
+        pattern (`str`, `NMPattern` or `Unstructured`, *optional*): for masked plain models; by default the one that a
+            results file beside the model names, else 2:4. Of a share such as `"60%"` each layer is one group; one with
+            fewer zeros counts as dense.
         revision (`str`, *optional*): branch, tag or commit of a repo.
         task (`str`, *optional*): subfolder of a folder or repo.
 
@@ -95,7 +96,7 @@ def verify(
     if isinstance(model_or_path, nn.Module):
         if revision is not None or task is not None:
             raise ConfigError("revision and task are for repos and folders; leave them out for a model in memory")
-        return _verify_model(model_or_path, NMPattern(pattern or "2:4"))
+        return _verify_model(model_or_path, parse_pattern(pattern or "2:4"))
     folder = local_folder(model_or_path, revision, task, ("*.json", "*.safetensors"))
     if (folder / "adapter_config.json").is_file():
         return _verify_mask(folder)
@@ -116,17 +117,18 @@ def verify(
     layouts = _layouts(config, content)
     if quantization.get("quant_method") == "nmsparse":
         return _verify_packed(files, quantization.get("slorb_block"), layouts)
-    pattern = NMPattern(pattern or _recorded_pattern(folder) or "2:4")
+    pattern = parse_pattern(pattern or _recorded_pattern(folder) or "2:4")
     return _counted(VerifyReport("masked model", str(pattern)), _weights(files, layouts), pattern)
 
 
-def _recorded_pattern(folder: Path) -> NMPattern | None:
+def _recorded_pattern(folder: Path) -> Pattern | None:
     path = folder / RESULTS_FILE
     if not path.is_file():
         return None
     try:
-        return RunResults.read(path).parsed_pattern
-    except FormatError as error:  # many programs call a file so
+        recorded = RunResults.read(path).pattern
+        return None if recorded is None else parse_pattern(recorded)
+    except (FormatError, PatternError) as error:  # many programs call a file so
         logger.info("%s; its pattern is not taken from it", error)
         return None
 
@@ -157,7 +159,7 @@ def _verify_packed(files: list[str], slorb_block: int | None, layouts: Mapping[s
     return report
 
 
-def _verify_model(model: nn.Module, pattern: NMPattern) -> VerifyReport:
+def _verify_model(model: nn.Module, pattern: Pattern) -> VerifyReport:
     if layers := mask_layers(model):
         report = VerifyReport("model with mask adapters", str(pattern))
         for name, layer in layers.items():
@@ -174,14 +176,21 @@ def _verify_model(model: nn.Module, pattern: NMPattern) -> VerifyReport:
     return _counted(VerifyReport(kind, str(pattern)), ((name, read().detach()) for name, read in weights), pattern)
 
 
-def _counted(report: VerifyReport, weights: Iterator[tuple[str, torch.Tensor]], pattern: NMPattern) -> VerifyReport:
+def _counted(report: VerifyReport, weights: Iterator[tuple[str, torch.Tensor]], pattern: Pattern) -> VerifyReport:
     for name, weight in weights:
-        counts = ops.count_groups(weight, pattern)
+        counts = _count(weight, pattern)
         if 2 * counts.over > counts.groups:
             report.dense_layers.append(name)
         else:
             report.layers[name] = counts
     return report
+
+
+def _count(weight: torch.Tensor, pattern: Pattern) -> ops.GroupCounts:
+    if isinstance(pattern, NMPattern):
+        return ops.count_groups(weight, pattern)
+    allowed = weight.numel() * pattern.density + len(weight)  # the zeros of each row are rounded down
+    return ops.GroupCounts(1, int(int(torch.count_nonzero(weight)) > allowed), 0)
 
 
 def _weights(files: list[str], layouts: Mapping[str, bool]) -> Iterator[tuple[str, torch.Tensor]]:
