@@ -33,7 +33,8 @@ RESULTS = Path(__file__).parent / "results"
 
 
 class PaperSparseGPT(Criterion):
-    """SparseGPT as its paper writes it down (Frantar and Alistarh, arXiv 2301.00774, algorithm 1): column by column."""
+    """SparseGPT as its paper writes it down (Frantar and Alistarh, arXiv 2301.00774, algorithm 1): column by column, with
+    lazy updates of what is right of blocks of 128."""
 
     name = "sparsegpt, straightforward"
     needs = "hessian"
@@ -50,15 +51,18 @@ class PaperSparseGPT(Criterion):
         h += 0.01 * h.diagonal().mean() * torch.eye(len(h))
         inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
         mask = torch.zeros_like(w, dtype=torch.bool)
-        for j in range(w.shape[1]):
-            if j % pattern.m == 0:
-                group = slice(j, j + pattern.m)
-                saliency = w[:, group] ** 2 / inverse.diagonal()[group] ** 2
-                mask[:, group] = torch.zeros_like(saliency, dtype=torch.bool).scatter_(
-                    1, saliency.topk(pattern.n, 1).indices, True
-                )
-            error = torch.where(mask[:, j], 0, w[:, j]) / inverse[j, j]
-            w[:, j:] -= error[:, None] * inverse[j, j:]
+        for start in range(0, w.shape[1], 128):
+            block, errors = slice(start, start + 128), torch.zeros_like(w[:, start : start + 128])
+            for j in range(start, min(start + 128, w.shape[1])):
+                if j % pattern.m == 0:
+                    group = slice(j, j + pattern.m)
+                    saliency = w[:, group] ** 2 / inverse.diagonal()[group] ** 2
+                    best = saliency.topk(pattern.n, 1).indices
+                    mask[:, group] = torch.zeros_like(saliency, dtype=torch.bool).scatter_(1, best, True)
+                error = torch.where(mask[:, j], 0, w[:, j]) / inverse[j, j]
+                w[:, j : start + 128] -= error[:, None] * inverse[j, j : start + 128]
+                errors[:, j - start] = error
+            w[:, start + 128 :] -= errors @ inverse[block, start + 128 :]
         return Choice(mask, w)
 
 

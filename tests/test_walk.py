@@ -395,3 +395,81 @@ def test_channels_of_frozen_offloaded_or_ungrouped_weights_are_not_permuted(llam
         prune(llama, "wanda", "60%", tokens, permute_channels=True, progress=False)
     with pytest.raises(UnsupportedError, match="is offloaded; permute_channels needs all weights in memory"):
         prune(offloaded(base_folder, tmp_path), "wanda", "2:4", tokens, permute_channels=True, progress=False)
+
+
+# --- every criterion, at the edges ----------------------------------------------------------------------------------
+EVERY = ["magnitude", "wanda", "ria", "sparsegpt", "sparsellm", "polish"]
+CALIBRATED = EVERY[1:]
+
+
+def finite_and_sparse(model: nn.Module, pattern: str = "2:4") -> bool:
+    counts = [nms.ops.count_groups(weight, NMPattern(pattern)) for weight in weights_of(model).values()]
+    finite = all(bool(weight.isfinite().all()) for weight in weights_of(model).values())
+    return finite and all(count.over == 0 for count in counts)
+
+
+@pytest.mark.parametrize("weights", ["update", "refit"])
+@pytest.mark.parametrize("criterion", EVERY)
+def test_one_token_is_enough(make_llama, criterion, weights):
+    model = make_llama()
+    report = prune(model, criterion, "2:4", torch.tensor([[5]]), weights=weights, progress=False)
+    assert finite_and_sparse(model)
+    assert report.tokens == (0 if criterion == "magnitude" and weights == "update" else 1)
+
+
+@pytest.mark.parametrize("weights", ["update", "refit"])
+@pytest.mark.parametrize("criterion", EVERY)
+def test_channels_that_are_always_zero_do_no_harm(make_llama, tokens, criterion, weights):
+    model = make_llama()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.input_layernorm.weight[:6] = 0  # a whole group, and half of the next one
+            layer.mlp.up_proj.weight[3] = 0
+    prune(model, criterion, "2:4", tokens, weights=weights, progress=False)
+    assert finite_and_sparse(model)
+    if criterion != "magnitude" and weights == "update":  # two of a group are kept, dead or not
+        kept = model.model.layers[0].self_attn.q_proj.weight != 0
+        assert bool((kept[:, 4:8].sum(1) == 2).all()) and bool(kept[:, 6:8].all())
+
+
+@pytest.mark.parametrize("pattern", ["3:7", "2:5"])
+@pytest.mark.parametrize("criterion", EVERY)
+def test_a_width_that_is_no_multiple_of_the_group_keeps_what_the_tail_can(make_llama, tokens, criterion, pattern):
+    model = make_llama()
+    report = prune(model, criterion, pattern, tokens, progress=False)
+    assert finite_and_sparse(model, pattern)
+    for name, weight in weights_of(model).items():
+        kept = int((weight != 0).sum())
+        assert kept == len(weight) * NMPattern(pattern).kept_per_row(weight.shape[1]), name
+    assert len(report.codes) == 14
+
+
+@pytest.mark.parametrize("criterion", CALIBRATED)
+def test_calibration_that_is_missing_empty_or_not_finite_changes_nothing(make_llama, tokens, criterion):
+    model, dense = make_llama(), make_llama()
+    with pytest.raises(ConfigError, match="needs calibration data"):
+        prune(model, criterion, progress=False)
+    with pytest.raises(ConfigError):
+        prune(model, criterion, "2:4", tokens[:0], progress=False)
+    model.model.layers[1].mlp.act_fn = nn.Identity()
+    model.model.layers[1].mlp.act_fn.forward = lambda x: x * float("nan")
+    with pytest.raises(nms.errors.NMSparseError, match=r"model\.layers\.1\.mlp\.down_proj"):
+        prune(model, criterion, "2:4", tokens, progress=False)
+    assert same(model, dense)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("criterion", EVERY)
+def test_half_precision_models_keep_their_dtype(make_llama, tokens, criterion, dtype):
+    model = make_llama(dtype)
+    prune(model, criterion, "2:4", tokens, progress=False)
+    assert finite_and_sparse(model) and {parameter.dtype for parameter in model.parameters()} == {dtype}
+
+
+@pytest.mark.parametrize("criterion", ["sparsegpt", "sparsellm"])
+def test_the_mask_alone_leaves_kept_weights_bit_equal(make_llama, tokens, criterion):
+    model, dense = make_llama(), weights_of(make_llama())
+    prune(model, criterion, "2:4", tokens, weights="keep", progress=False)
+    for name, weight in weights_of(model).items():
+        kept = weight != 0
+        assert torch.equal(weight[kept], dense[name][kept]) and int(kept.sum()) == kept.numel() // 2
