@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import hf_nmsparse as nms
-from hf_nmsparse.criteria import Choice, Criterion, Wanda, find_weights, get_criterion, prune
+from hf_nmsparse.criteria import Choice, Criterion, Polish, Wanda, find_weights, get_criterion, polish_mask, prune
 from hf_nmsparse.errors import ConfigError, FormatError, PatternError, UnsupportedError
 from hf_nmsparse.fingerprint import fingerprint
 from hf_nmsparse.pattern import NMPattern, Unstructured, parse_pattern
@@ -247,7 +247,7 @@ def test_the_folder_of_another_run_is_refused_and_left_alone(make_llama, tokens,
         ({"weights": "refit"}, "weights"),
     ):
         options = {"criterion": "wanda", "pattern": "2:4", "calibration": tokens, **change}
-        with pytest.raises(ConfigError, match=rf"is of another run: its {key} is"):
+        with pytest.raises(ConfigError, match=rf"is of another run: its {key} (is|are|differ)"):
             prune(make_llama(), **options, checkpoint_folder=tmp_path / "a", progress=False)
     assert files == {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
     (tmp_path / "b").mkdir()
@@ -256,11 +256,39 @@ def test_the_folder_of_another_run_is_refused_and_left_alone(make_llama, tokens,
         prune(make_llama(), "wanda", "2:4", tokens, checkpoint_folder=tmp_path / "b", progress=False)
 
 
+def test_a_run_with_other_masks_of_padding_or_another_dtype_is_another_run(make_llama, tokens, tmp_path):
+    mask = torch.ones_like(tokens)
+    prune(
+        make_llama(), "wanda", "2:4", {"input_ids": tokens, "attention_mask": mask}, checkpoint_folder=tmp_path / "a"
+    )
+    shorter = mask.clone()
+    shorter[0, -3:] = 0
+    with pytest.raises(ConfigError, match="its calibration differ at number 0"):
+        batch = {"input_ids": tokens, "attention_mask": shorter}
+        prune(make_llama(), "wanda", "2:4", batch, checkpoint_folder=tmp_path / "a")
+    with pytest.raises(ConfigError, match="its dtype differ"):
+        batch = {"input_ids": tokens, "attention_mask": mask}
+        prune(make_llama(torch.bfloat16), "wanda", "2:4", batch, checkpoint_folder=tmp_path / "a")
+    model = make_llama()
+    model.model.norm.weight.data[3] = 2
+    with pytest.raises(ConfigError, match="its parameters is"):
+        prune(model, "wanda", "2:4", {"input_ids": tokens, "attention_mask": mask}, checkpoint_folder=tmp_path / "a")
+
+
+def test_the_report_of_a_resumed_run_is_in_the_order_of_the_model(make_llama, tokens, tmp_path):
+    small = {"num_hidden_layers": 11, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+    reports = [
+        prune(make_llama(**small), "wanda", "2:4", tokens, checkpoint_folder=tmp_path / "a", progress=False)
+        for _ in range(2)
+    ]
+    assert [layer.name for layer in reports[0].layers] == [layer.name for layer in reports[1].layers]
+
+
 def test_other_weights_are_another_run(make_llama, tokens, tmp_path):
     prune(make_llama(), "wanda", "2:4", tokens, checkpoint_folder=tmp_path / "a", progress=False)
     model = make_llama()
     model.model.layers[1].mlp.up_proj.weight.data.mul_(1.5)  # does not show in the inputs of the first block
-    with pytest.raises(ConfigError, match=r"model\.layers\.1\.mlp\.up_proj.*other weights"):
+    with pytest.raises(ConfigError, match="its parameters is"):
         prune(model, "wanda", "2:4", tokens, checkpoint_folder=tmp_path / "a", progress=False)
 
 
@@ -331,6 +359,18 @@ def test_a_failure_leaves_a_model_on_disk_as_it_was(base_folder, tmp_path, token
     with torch.no_grad():
         assert torch.equal(model(tokens).logits, make_llama()(tokens).logits)
     assert all(p.is_meta for p in model.model.layers.parameters())
+
+
+def test_other_weights_on_disk_are_another_run(base_folder, make_llama, tmp_path, tokens):
+    folder = tmp_path / "unfinished"
+    prune(offloaded(base_folder, tmp_path), "wanda", "2:4", tokens, checkpoint_folder=folder, progress=False)
+    other = make_llama()
+    other.model.layers[1].mlp.up_proj.weight.data.mul_(1.5)
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ConfigError, match=r"model\.layers\.1\.mlp\.up_proj.*other weights"):
+        prune(
+            offloaded(tmp_path / "other", tmp_path), "wanda", "2:4", tokens, checkpoint_folder=folder, progress=False
+        )
 
 
 def test_a_model_without_weights_is_refused(make_llama, tokens):
@@ -427,7 +467,7 @@ def test_channels_that_are_always_zero_do_no_harm(make_llama, tokens, criterion,
             layer.mlp.up_proj.weight[3] = 0
     prune(model, criterion, "2:4", tokens, weights=weights, progress=False)
     assert finite_and_sparse(model)
-    if criterion != "magnitude" and weights == "update":  # two of a group are kept, dead or not
+    if criterion not in ("magnitude", "polish") and weights == "update":  # polish sets errors off against each other
         kept = model.model.layers[0].self_attn.q_proj.weight != 0
         assert bool((kept[:, 4:8].sum(1) == 2).all()) and bool(kept[:, 6:8].all())
 
@@ -473,3 +513,82 @@ def test_the_mask_alone_leaves_kept_weights_bit_equal(make_llama, tokens, criter
     for name, weight in weights_of(model).items():
         kept = weight != 0
         assert torch.equal(weight[kept], dense[name][kept]) and int(kept.sum()) == kept.numel() // 2
+
+
+# --- several stacks, routers, starts --------------------------------------------------------------------------------
+def test_with_dense_inputs_a_decoder_sees_the_dense_encoder():
+    def error_of(**options) -> float:
+        report = prune(FAMILIES["t5"](), "wanda", "2:4", inputs_for("t5"), progress=False, **options)
+        errors = {layer.name: layer.relative_error for layer in report.layers}
+        return errors["decoder.block.0.layer.1.EncDecAttention.k"]
+
+    assert error_of(inputs="dense") == error_of(inputs="dense", dense_layers=["encoder"]) != error_of()
+
+
+def test_linear_parts_of_routers_stay_dense(make_llama, tokens):
+    class Router(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = nn.Linear(32, 4)
+
+    model = make_llama()
+    for name, module in (
+        ("router", nn.Sequential(nn.Linear(32, 4))),
+        ("choose", Router()),
+        ("router_gate", nn.Linear(8, 8)),
+    ):
+        model.model.layers[0].mlp.add_module(name, module)
+    assert len(find_weights(model)) == 14
+    assert set(nms.adapter.mask_layers(get_peft_model(model, nms.NMSparseConfig()))) == {
+        f"model.layers.{block}.{layer}"
+        for block in (0, 1)
+        for layer in (*(f"self_attn.{x}_proj" for x in "qkvo"), *(f"mlp.{x}_proj" for x in ("gate", "up", "down")))
+    }
+
+
+def test_layers_that_share_a_weight_are_named(llama, caplog):
+    llama.model.layers[1].mlp.up_proj.weight = llama.model.layers[0].mlp.up_proj.weight
+    assert len(find_weights(llama)) == 12
+    assert "model.layers.0.mlp.up_proj (2 such) shares its weight" in caplog.text
+
+
+@pytest.mark.parametrize("start", ["sparsellm", "sparsegpt", "ria"])
+def test_polish_starts_from_what_the_criterion_chooses_for_the_block(make_llama, tokens, start):
+    started, polished = make_llama(), make_llama()
+    before = prune(started, start, "1:4", tokens, weights="keep", inputs="dense", progress=False)
+    after = prune(polished, Polish(start), "1:4", tokens, inputs="dense", progress=False)
+    if start != "ria":  # whose errors are those of the diagonal
+        assert all(b.relative_error <= a.relative_error for a, b in zip(before.layers, after.layers, strict=True))
+    masks = {name: weight != 0 for name, weight in weights_of(started).items()}
+    expected = {
+        name: polish_mask(weight, masks[name], hessian, NMPattern("1:4"))
+        for name, (weight, hessian) in dense_statistics(make_llama(), tokens).items()
+    }
+    same_masks = [torch.equal(weights_of(polished)[name] != 0, mask) for name, mask in expected.items()]
+    assert all(same_masks)
+
+
+def dense_statistics(model: nn.Module, tokens: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    class Seeing(Wanda):
+        name, needs = "seeing", "hessian"
+
+        def __init__(self) -> None:
+            self._seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+        def choose_block(self, inputs):
+            for name, weight in inputs.weights.items():
+                self._seen[name] = (weight.clone(), inputs.statistics[name].hessian)
+            yield from super().choose_block(inputs)
+
+    seeing = Seeing()
+    prune(model, seeing, "1:4", tokens, inputs="dense", progress=False)
+    return seeing._seen
+
+
+def test_what_experts_share_is_looked_at_once(monkeypatch):
+    seen = Counter()
+    monkeypatch.setattr(
+        "hf_nmsparse.criteria.engine.fingerprint", lambda weight: seen.update([weight.shape]) or fingerprint(weight)
+    )
+    prune(FAMILIES["mixtral"](), "magnitude", progress=False)
+    assert sum(seen.values()) == 2 * (4 + 2)  # q, k, v, o and two parameters of experts a block

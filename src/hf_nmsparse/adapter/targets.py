@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..criteria import find_stacks, is_router, name_matches
+from ..criteria import find_stacks, name_matches, without_routers
 from ..errors import ConfigError, UnsupportedError
 from .base_weight import BaseWeight, base_weights
 from .config import NMSparseConfig
@@ -55,8 +55,8 @@ def _linear_layers_of_blocks(model: nn.Module) -> set[str]:
     return {
         name.replace(".base_layer", "")
         for prefix, blocks in stacks
-        for name, module in blocks.named_modules(prefix=prefix)
-        if isinstance(module, (nn.Linear, Conv1D)) and not is_router(name, module)
+        for name, module in without_routers(blocks.named_modules(prefix=prefix))
+        if isinstance(module, (nn.Linear, Conv1D))
     }
 
 

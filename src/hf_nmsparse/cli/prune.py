@@ -136,8 +136,8 @@ def prune(
     share such as 60%, and none after --permute-channels.
 
     A model larger than the memory stays on disk, and its blocks are loaded one at a time. Finished blocks are kept in
-    .DIR.unfinished beside DIR until DIR is written: after a kill the same command goes on there. With other options it is
-    refused, and --overwrite starts anew.
+    .DIR.unfinished beside DIR until DIR is written: after a kill the same command goes on there. With other options, text
+    or weights it is refused, and --overwrite starts anew. Measuring for --dense-budget is not resumed.
 
     Example: nmsparse prune HuggingFaceTB/SmolLM2-135M --criterion wanda --calibration
     Salesforce/wikitext:wikitext-2-raw-v1 --output smollm2-wanda
@@ -169,9 +169,9 @@ def prune(
             packed=packed,
         )
         options.check()
-        unfinished = Unfinished(output, options.settings())
-        unfinished.check(overwrite)
         run = PruningRun.prepared(options)
+        unfinished = Unfinished(output, run.settings())
+        unfinished.check(overwrite)
         if dry_run:
             run.say_dry(answer, output, kind)
             return

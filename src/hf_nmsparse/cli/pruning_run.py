@@ -67,12 +67,20 @@ class PruningRun:
     def targets(self, model: nn.Module) -> dict[str, Target]:
         """The weights that the options mean."""
         from ..criteria import find_weights
-        from ..criteria.targets import in_blocks
 
-        found = find_weights(model, self.options.dense_layers)
-        if self.options.layers is None:
-            return found
-        return {target.name: target for target in in_blocks(model, list(found.values()), self.options.layers)}
+        return find_weights(model, self.options.dense_layers, self.options.layers)
+
+    def settings(self) -> dict[str, Any]:
+        """What the result depends on: the options, and what the names among them stand for."""
+        from ..fingerprint import digest, to_hex
+
+        folder = Path(self.options.model)
+        files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+        return self.options.settings() | {
+            "calibration tokens": None if self.tokens is None else to_hex(digest(self.tokens)),
+            "model revision": revision_of(self.empty),
+            "model files": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files],
+        }
 
     def _calibration_tokens(self) -> torch.Tensor:
         """Random windows of the text, int64 `[samples, sequence]`."""
@@ -138,7 +146,9 @@ class PruningRun:
                 self._find_dense_layers(loaded, unfinished)
             report = self._pruned(loaded, unfinished)
             results = self._results(loaded, report)
-            facts = write_pruned(loaded, output, self.options.model, results, self.options.packed, report)
+            facts = write_pruned(
+                loaded, output, self.options.model, results, self.options.packed, report, unfinished.masked
+            )
             del loaded  # it may read from the folder that goes now
         self._answer(answer, facts, results, report)
         answer.show(_table(report, self.options.method), *self._lines(report, results, facts), written_line(output))

@@ -34,6 +34,7 @@ class Unfinished:
         self.folder = output.parent / f".{output.name}.unfinished"
         self.blocks = self.folder / "blocks"  # the engine's own
         self.offloaded = self.folder / "offloaded"
+        self.masked = self.folder / "masked"  # a model on its way to being packed
         self.settings = json.loads(json.dumps(settings))
         self._stored = read_json(self.folder / _RUN_FILE) or {}
         if self._stored and not isinstance(self._stored.get("settings"), dict):
@@ -60,12 +61,12 @@ class Unfinished:
         if self._is_of_another_run:
             shutil.rmtree(self.folder)
             self._stored = {}
-        shutil.rmtree(self.offloaded, ignore_errors=True)
+        self._remove_scratch()
         self._write()
         try:
             yield
         except BaseException:
-            shutil.rmtree(self.offloaded, ignore_errors=True)
+            self._remove_scratch()
             if self._has_work:
                 tell(f"what is done is kept in {self.folder}; the same command goes on after it")
             else:
@@ -88,6 +89,10 @@ class Unfinished:
         from ..criteria import finished_layers
 
         return finished_layers(self.blocks)
+
+    def _remove_scratch(self) -> None:
+        for folder in (self.offloaded, self.masked):
+            shutil.rmtree(folder, ignore_errors=True)
 
     @property
     def _has_work(self) -> bool:

@@ -3,12 +3,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import shutil
-import tempfile
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,11 +39,18 @@ def write_model(
 
 
 def write_pruned(
-    model: nn.Module, output: Path, tokenizer_source: str, results: RunResults, packed: bool, report: PruneReport
+    model: nn.Module,
+    output: Path,
+    tokenizer_source: str,
+    results: RunResults,
+    packed: bool,
+    report: PruneReport,
+    scratch: Path,
 ) -> dict[str, Any]:
     """Write what one-shot pruning left, dense with zeros or packed, with the mask in a subfolder if it has codes.
 
-    The model may be offloaded: it is written, and packed, file by file. `results` gets the sizes.
+    The model may be offloaded: it is written, and packed, file by file, from `scratch`, a folder that is made for it and
+    left to the caller to remove. `results` gets the sizes.
 
     Returns:
         facts for the answer: output, kind, bytes, and of the mask: folder, bytes, bits a weight.
@@ -61,10 +64,9 @@ def write_pruned(
             mask = _write_mask(model, staging / MASK_FOLDER, results, report)
         sizes = None
         if packed:
-            with _beside(output) as masked:
-                _save(model, masked)
-                codes = stored_mask(staging / MASK_FOLDER) if report.codes else None
-                sizes = pack_files(masked, staging, model, _weight_names(results), codes)
+            _save(model, scratch)
+            codes = stored_mask(staging / MASK_FOLDER) if report.codes else None
+            sizes = pack_files(scratch, staging, model, _weight_names(results), codes)
         else:
             _save(model, staging)
         _finish(staging, tokenizer_source, results, sizes)
@@ -110,16 +112,6 @@ def _save(model: nn.Module, folder: Path) -> None:
             "ignore", message="Attempting to save a model with offloaded modules"
         )  # in small shards
         model.save_pretrained(folder, max_shard_size=_SHARD)
-
-
-@contextlib.contextmanager
-def _beside(output: Path) -> Iterator[Path]:
-    """An empty folder on the same disk as the output, for the time of the context."""
-    folder = Path(tempfile.mkdtemp(dir=output.resolve().parent, prefix=f".{output.resolve().name}."))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _finish(staging: Path, tokenizer_source: str, results: RunResults, packed: PackedSizes | None) -> None:

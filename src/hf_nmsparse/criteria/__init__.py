@@ -22,7 +22,7 @@ from .ria import RIA
 from .sensitivity import LayerSensitivity, SensitivityReport, sensitivity
 from .sparsegpt import SparseGPT
 from .sparsellm import SparseLLM
-from .targets import Target, expert_view, find_stacks, find_weights, in_place, is_router, name_matches
+from .targets import Target, expert_view, find_stacks, find_weights, in_place, name_matches, without_routers
 from .wanda import Wanda
 
 __all__ = [
@@ -49,7 +49,6 @@ __all__ = [
     "finished_layers",
     "get_criterion",
     "in_place",
-    "is_router",
     "keep_highest",
     "known_criteria",
     "name_matches",
@@ -59,4 +58,5 @@ __all__ = [
     "register_criterion",
     "sensitivity",
     "walk",
+    "without_routers",
 ]

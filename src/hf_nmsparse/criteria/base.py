@@ -80,7 +80,7 @@ class Criterion(ABC):
     Attributes:
         name (`str`): how it is called in the registry, on the command line and in reports.
         needs (`str`): what of `InputStatistics` is read; each level includes those before it. `"nothing"`: statistics
-            are `None` and no calibration text is needed; `"norms"`: `squared_norm`; `"hessian"`: `hessian`;
+            are `None`, no calibration text is needed and layers are chosen module by module; `"norms"`: `squared_norm`; `"hessian"`: `hessian`;
             `"inputs"`: `inputs` (keeps the inputs of all layers of one block in memory).
         unstructured (`bool`): whether it also takes `Unstructured` patterns.
         updates_weights (`bool`): whether `choose` gives new values to kept weights.

@@ -2,7 +2,7 @@
 """One-shot pruning, block by block: the inputs of each block come from the blocks before it, already pruned.
 
 Nothing is changed for good until everything is chosen: what was chosen for a block is put on for the time of one run, to
-get the inputs of the next block, and taken off again. On any failure the model is as it was. That costs one copy of the
+get the inputs of the next block, and taken off again. On any failure until then the model is as it was. That costs one copy of the
 weights of one block, the masks in packed form (2:4: 0.67 bit a weight) and, where they change, the kept weights.
 """
 
@@ -23,11 +23,11 @@ from tqdm.auto import tqdm
 
 from ..data import calibration_batches
 from ..errors import ConfigError, PatternError, UnsupportedError
-from ..fingerprint import fingerprint, to_hex
+from ..fingerprint import digest, fingerprint, to_hex
 from ..pattern import NMPattern, Pattern, parse_pattern
 from .base import NEEDS, BlockInputs, Choice, Criterion, InputStatistics, Needs, check_takes, get_criterion
 from .blocks import Sample, evaluating, in_order_of_execution, record_sample, run_block
-from .ledger import Ledger
+from .ledger import Ledger, check_mask
 from .offload import change_when_loaded, is_offloaded, present
 from .refit import refit_weights
 from .reordering import Reordering
@@ -92,16 +92,13 @@ def walk(
     one = Walk(model, targets, criterion, pattern, options)
     with one.bar, one.undone_on_failure():
         if one.needs == "nothing":
-            for target in targets:
-                with present(target.module):
-                    one.note_base([target])
-                    one.choose_block(target.module, [target], {target.name: None})
+            one.visit_modules()
         else:
             if calibration is None:
                 raise ConfigError(f"criterion {criterion.name!r} needs calibration data; pass calibration=")
             with evaluating(model):
                 one.visit_stacks(calibration_batches(calibration, tokenizer))
-    one.apply()
+        one.apply()
     form = {"nothing": None, "norms": "diagonal"}.get(one.needs, "hessian")
     used = options.weights if options.weights != "update" or criterion.updates_weights else "keep"
     seconds = time.perf_counter() - started
@@ -117,13 +114,11 @@ class Walk:
     def __init__(
         self, model: nn.Module, targets: list[Target], criterion: Criterion, pattern: Pattern, options: WalkOptions
     ) -> None:
-        self.model, self.targets, self.criterion, self.pattern, self.options = (
-            model,
-            targets,
-            criterion,
-            pattern,
-            options,
-        )
+        self.model = model
+        self.targets = targets
+        self.criterion = criterion
+        self.pattern = pattern
+        self.options = options
         self.needs: Needs = criterion.needs
         if options.weights == "refit":
             self.needs = max(criterion.needs, "hessian", key=NEEDS.index)
@@ -134,6 +129,7 @@ class Walk:
         folder = options.checkpoint_folder
         self.ledger = Ledger(pattern, None if folder is None else Path(folder))
         self.tokens = 0
+        self._batches: list[dict[str, str]] = []
         self.bar = tqdm(
             total=len(targets),
             desc=f"{criterion.name} {pattern}",
@@ -151,6 +147,16 @@ class Walk:
                 f"{offloaded[0]} is offloaded; permute_channels needs all weights in memory (device_map=None)"
             )
 
+    def visit_modules(self) -> None:
+        """Choose for each target by its weight alone; nothing is run."""
+        by_module: dict[nn.Module, list[Target]] = {}
+        for target in self.targets:
+            by_module.setdefault(target.module, []).append(target)
+        for module, targets in by_module.items():
+            with present(module):
+                self.note_base(targets)
+                self.choose_block(module, targets, {target.name: None for target in targets})
+
     # --- the way --------------------------------------------------------------------------------------------------------
     def visit_stacks(self, batches: Iterable[dict[str, Any]]) -> None:
         """Stack after stack, as the model runs them; the earlier ones are pruned while a later one is recorded."""
@@ -167,11 +173,11 @@ class Walk:
         done: list[Target] = []
         for name, blocks in stacks:
             # The first block may have to compute while the others' arguments are recorded.
-            with self.pruned(done), present(blocks[0]):
-                samples = [record_sample(self.model, name, blocks, batch) for batch in batches]
+            with self.pruned(done if self.options.inputs == "pruned" else []), present(blocks[0]):
+                samples = [record_sample(self.model, name, blocks, batch) for batch in self._seen(batches)]
             if not done:
                 self.tokens = sum(sample.tokens() for sample in samples)
-                self.bar.update(self._resume(samples))
+                self._resume()
             done += self.visit_blocks(name, blocks, samples)
 
     def visit_blocks(self, stack: str, blocks: nn.ModuleList, samples: list[Sample]) -> list[Target]:
@@ -183,13 +189,15 @@ class Walk:
             here = [target for target in targets if owner[target.module] == index]
             with present(block):
                 outputs = self.visit_block(f"{stack}.{index}", block, index, here, samples)
-                if index < last:
-                    if outputs is None:
-                        pruned = here if self.options.inputs == "pruned" else []
-                        with self.pruned(pruned):
-                            outputs = [run_block(block, index, sample) for sample in samples]
+                if index == last:
+                    break
+                if outputs is not None:
                     for sample, output in zip(samples, outputs, strict=True):
                         sample.hidden = output
+                    continue
+                with self.pruned(here if self.options.inputs == "pruned" else []):
+                    for sample in samples:
+                        sample.hidden = run_block(block, index, sample)
         return targets
 
     def visit_block(
@@ -215,6 +223,7 @@ class Walk:
                 if self.reordering is not None:
                     statistics = self._reorder(block, index, samples[0], statistics, before)
             self.choose_block(block, targets, statistics)
+            del statistics  # not beside those of the next stage
             before += targets
         self.ledger.finish_block(key, list(by_name), {target.weight_name for target in here})
         return None if pruned_inputs else outputs
@@ -252,9 +261,9 @@ class Walk:
 
     def note_base(self, targets: list[Target]) -> None:
         """Take the fingerprints of the dense weights."""
-        for target in targets:
+        for name, target in {target.weight_name: target for target in targets}.items():
             if target.computed is None:
-                self.ledger.add_base(target.weight_name, fingerprint(target.whole()))
+                self.ledger.add_base(name, fingerprint(target.whole()))
 
     # --- choosing -------------------------------------------------------------------------------------------------------
     def choose_block(
@@ -287,6 +296,7 @@ class Walk:
         where: str,
         started: float,
     ) -> None:
+        check_mask(choice.mask, weight, where)
         if self.options.weights == "keep":
             choice = replace(choice, weight=None)
         elif self.options.weights == "refit":
@@ -296,8 +306,8 @@ class Walk:
         report.relative_error = relative_error(weight, choice.masked(weight), statistics)
         report.kept_energy = kept_energy(weight, choice.mask)
         report.seconds = time.perf_counter() - started
-        if report.relative_error is not None:
-            self.bar.set_postfix_str(f"{name}, output error {report.relative_error:.4f}", refresh=False)
+        error = "" if report.relative_error is None else f", output error {report.relative_error:.4f}"
+        self.bar.set_postfix_str(name + error, refresh=False)
         self.bar.update()
 
     def _groups(self, weight: torch.Tensor) -> int:
@@ -328,7 +338,8 @@ class Walk:
             raise
 
     def apply(self) -> None:
-        """Change the model."""
+        """Change the model. What can fail is looked at first; then each weight is written once."""
+        self.ledger.check_readable()
         for target in self.targets:
             if is_offloaded(target.module):
                 change_when_loaded(target.module, target.parameter, partial(_overwrite, target, self.ledger))
@@ -353,11 +364,18 @@ class Walk:
                 found[name] = LayerCodes(packed, base, (len(packed), width), is_experts)
         return found
 
-    def _resume(self, samples: list[Sample]) -> int:
-        """Take over what a killed walk has left in the checkpoint folder; returns how many targets are done."""
+    def _seen(self, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The batches, noting what they are: a run that goes on must have the same."""
+        for batch in batches:
+            parts = {key: value for key, value in sorted(batch.items()) if isinstance(value, torch.Tensor)}
+            self._batches.append({key: to_hex(digest(value)) for key, value in parts.items()})
+            yield batch
+
+    def _resume(self) -> None:
+        """Take over what a killed walk has left in the checkpoint folder."""
         if self.ledger.folder is None:
-            return 0
-        hidden = [to_hex(fingerprint(sample.hidden)) for sample in samples]
+            return
+        known = (fingerprint(parameter) for parameter in self.model.parameters())
         self.ledger.open_folder(
             {
                 "criterion": _described(self.criterion),
@@ -365,11 +383,15 @@ class Walk:
                 "weights": self.options.weights,
                 "inputs": self.options.inputs,
                 "permute_channels": self.options.permute_channels,
-                "calibration": hidden,
+                "dtype": sorted({str(parameter.dtype) for parameter in self.model.parameters()}),
+                "calibration": self._batches,
                 "layers": [target.name for target in self.targets],
+                # Those on disk are compared when their block is reached.
+                "parameters": to_hex(digest(torch.cat([one for one in known if one is not None]))),
             }
         )
-        return len(self.ledger.layers)
+        self.bar.initial = self.bar.n = len(self.ledger.layers)  # so that the time left is that of the others
+        self.bar.refresh()
 
 
 def _overwrite(target: Target, ledger: Ledger, parameter: torch.Tensor) -> None:
@@ -377,11 +399,13 @@ def _overwrite(target: Target, ledger: Ledger, parameter: torch.Tensor) -> None:
     weight.copy_(ledger.choice(target.name, weight.device).masked(weight))
 
 
-def _described(criterion: Criterion) -> str:
-    """A criterion with its settings, equal for equal ones; private attributes are no settings."""
-    settings = {
-        key: _described(value) if isinstance(value, Criterion) else repr(value)
-        for key, value in sorted(vars(criterion).items())
-        if not key.startswith("_")
-    }
-    return f"{type(criterion).__qualname__}({', '.join(f'{key}={value}' for key, value in settings.items())})"
+def _described(value: object) -> str:
+    """A criterion or one of its settings, equal for equal ones; private attributes are no settings."""
+    if isinstance(value, Criterion):
+        settings = {key: _described(part) for key, part in sorted(vars(value).items()) if not key.startswith("_")}
+        return f"{type(value).__qualname__}({', '.join(f'{key}={part}' for key, part in settings.items())})"
+    if isinstance(value, torch.Tensor):
+        return to_hex(digest(value))
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_described, value))}]"
+    return getattr(value, "__qualname__", None) or repr(value)

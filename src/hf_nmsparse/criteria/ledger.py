@@ -56,16 +56,12 @@ class Ledger:
 
     # --- in memory ----------------------------------------------------------------------------------------------------
     def add(self, name: str, choice: Choice, weight: torch.Tensor, report: LayerReport, where: str) -> None:
-        """Keep the choice for one layer; `weight` is its dense weight, `where` begins an error.
+        """Keep the choice for one layer, whose mask was checked; `weight` is its dense weight, `where` begins an error.
 
         Raises:
             PatternError: if the mask is no mask of the pattern.
         """
-        mask, expected = choice.mask, f"expected a mask torch.bool {list(weight.shape)}"
-        if not isinstance(mask, torch.Tensor):
-            raise PatternError(f"{where}: got {type(mask).__name__}, {expected}")
-        if mask.dtype != torch.bool or mask.shape != weight.shape:
-            raise PatternError(f"{where}: got {mask.dtype} {list(mask.shape)}, {expected}")
+        mask = choice.mask
         values = None
         if choice.weight is not None:
             if choice.weight.shape != weight.shape:
@@ -123,7 +119,7 @@ class Ledger:
     def choice(self, name: str, device: torch.device | str = "cpu") -> Choice:
         """What was chosen for a layer, on `device`; its weight, if there is one, is zero where pruned."""
         stored = self._stored[name]
-        mask = self._unpacked(stored, name).to(device)
+        mask = self._unpacked(stored.mask.to(device), stored.shape[1], name)
         values = stored.values
         if stored.values_file is not None:
             with safe_open(stored.values_file, framework="pt") as file:
@@ -146,41 +142,47 @@ class Ledger:
             raise PatternError(f"{where}: prunes {pruned:.1%} of the weights, expected {self.pattern}")
         return ops.pack_bits(mask)
 
-    def _unpacked(self, stored: _Stored, name: str) -> torch.Tensor:
-        width = stored.shape[1]
+    def _unpacked(self, packed: torch.Tensor, width: int, name: str) -> torch.Tensor:
         if isinstance(self.pattern, NMPattern):
-            codes = ops.unpack_codes(stored.mask, self.pattern, width, name)
-            return ops.codes_to_mask(codes, self.pattern, width)
-        return ops.unpack_bits(stored.mask, width)
+            return ops.codes_to_mask(ops.unpack_codes(packed, self.pattern, width, name), self.pattern, width)
+        return ops.unpack_bits(packed, width)
+
+    def check_readable(self) -> None:
+        """Look into the files that hold new values.
+
+        Raises:
+            FormatError: naming one that is gone or damaged.
+        """
+        for path in {stored.values_file for stored in self._stored.values()} - {None}:
+            try:
+                with safe_open(path, framework="pt"):
+                    continue
+            except (SafetensorError, OSError) as error:
+                raise FormatError(f"{path} cannot be read ({error}); prune again") from error
 
     # --- on disk ------------------------------------------------------------------------------------------------------
-    def open_folder(self, run: Mapping[str, object]) -> int:
+    def open_folder(self, run: Mapping[str, object]) -> None:
         """Read the blocks that an earlier walk of the same run has finished.
 
         Args:
-            run (`Mapping[str, object]`): what the choices depend on, as JSON.
-
-        Returns:
-            how many blocks.
+            run (`Mapping[str, object]`): what the choices depend on, as JSON; its "layers" are the names of all layers.
 
         Raises:
             ConfigError: if the folder belongs to another run.
             FormatError: naming a file that is damaged.
         """
-        if self.folder is None:
-            return 0
         wanted = json.loads(json.dumps(run))
         path = self.folder / RUN_FILE
         if not path.is_file():
-            if self.folder.is_dir() and any(self.folder.iterdir()):
+            if self.folder.is_dir() and any(not path.name.startswith(".") for path in self.folder.iterdir()):
                 raise ConfigError(f"checkpoint_folder {self.folder} holds other files; name an empty or new folder")
             write_file(path, json.dumps(wanted, indent=1) + "\n")
-            return 0
+            return
         found = _read_json(path)
         if different := sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key)):
             key = different[0]
             raise ConfigError(
-                f"checkpoint_folder {self.folder} is of another run: its {key} is {found.get(key)!r}, now {wanted.get(key)!r}; "
+                f"checkpoint_folder {self.folder} is of another run: its {key} {_difference(found.get(key), wanted.get(key))}; "
                 "repeat that run, name another folder, or remove this one"
             )
         files = sorted(self.folder.glob("*.safetensors"))
@@ -188,7 +190,9 @@ class Ledger:
             self._read_block(file)
         if files:
             logger.info("resumed from %s: %d blocks are finished", self.folder, len(files))
-        return len(files)
+        position = {name: index for index, name in enumerate(wanted["layers"])}
+        self.layers.sort(key=lambda layer: position[layer.name])
+        self._orders = dict(sorted(self._orders.items(), key=lambda item: position[item[0]]))
 
     def finish_block(self, key: str, names: list[str], weight_names: Iterable[str]) -> None:
         """Write what was chosen for the layers of one block, if there is a folder, and let go of their new values."""
@@ -238,11 +242,34 @@ class Ledger:
         self.layers += [LayerReport(**report) for report in reports]
 
 
+def check_mask(mask: object, weight: torch.Tensor, where: str) -> None:
+    """Refuse what is no bool mask of the shape of `weight`; `where` begins the error.
+
+    Raises:
+        PatternError: with what was got and expected.
+    """
+    expected = f"expected a mask torch.bool {list(weight.shape)}"
+    if not isinstance(mask, torch.Tensor):
+        raise PatternError(f"{where}: got {type(mask).__name__}, {expected}")
+    if mask.dtype != torch.bool or mask.shape != weight.shape:
+        raise PatternError(f"{where}: got {mask.dtype} {list(mask.shape)}, {expected}")
+
+
+def _difference(found: object, wanted: object) -> str:
+    """In what two values differ: of lists their first difference, as there may be hundreds of names."""
+    if isinstance(found, list) and isinstance(wanted, list):
+        if len(found) != len(wanted):
+            return f"are {len(found)}, now {len(wanted)}"
+        number = next(index for index, pair in enumerate(zip(found, wanted, strict=True)) if pair[0] != pair[1])
+        return f"differ at number {number}: {found[number]!r}, now {wanted[number]!r}"
+    return f"is {found!r}, now {wanted!r}"
+
+
 def finished_layers(folder: Path) -> int:
     """How many layers the finished blocks in a checkpoint folder have; a damaged one, which a walk would name, has none."""
     done = 0
     for path in folder.glob("*.safetensors"):
-        with suppress(SafetensorError), safe_open(path, framework="pt") as file:
+        with suppress(SafetensorError, KeyError, TypeError, ValueError), safe_open(path, framework="pt") as file:
             done += len(json.loads(file.metadata()["layers"]))
     return done
 

@@ -13,7 +13,7 @@ from ..pattern import Pattern
 from .base import Criterion
 from .engine import Inputs, WalkOptions, Weights, walk
 from .report import PruneReport
-from .targets import find_weights, in_blocks
+from .targets import find_weights
 
 
 def prune(
@@ -67,7 +67,5 @@ def prune(
         UnsupportedError: naming layers that are packed, quantised or wrapped, or a model without blocks.
     """
     options = WalkOptions(weights, inputs, permute_channels, checkpoint_folder, progress)
-    targets = list(find_weights(model, dense_layers).values())
-    if layers is not None:
-        targets = in_blocks(model, targets, layers)
+    targets = list(find_weights(model, dense_layers, layers).values())
     return walk(model, targets, criterion, pattern, calibration, tokenizer, options)

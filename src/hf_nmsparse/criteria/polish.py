@@ -14,13 +14,15 @@ within it (the lazy batch updates of GPTQ, arXiv 2210.17323, section 3.3), so it
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
+from torch import nn
 
 from ..errors import ConfigError
 from ..pattern import NMPattern
-from .base import Criterion, InputStatistics, get_criterion, register_criterion
+from .base import BlockInputs, Choice, Criterion, InputStatistics, get_criterion, register_criterion
 from .error import row_error_change
 
 MAX_ENUMERATED = 70  # 4:8; beyond that enumeration costs more than the swaps it replaces
@@ -48,6 +50,14 @@ class Polish(Criterion):
         self.start = get_criterion(start)
         self.sweeps = sweeps
         self.needs = "inputs" if self.start.needs == "inputs" else "hessian"
+
+    def stages(self, names: list[str], block: nn.Module) -> list[list[str]]:
+        return self.start.stages(names, block)
+
+    def choose_block(self, inputs: BlockInputs) -> Iterator[tuple[str, Choice]]:
+        for name, choice in self.start.choose_block(inputs):
+            hessian = inputs.statistics[name].hessian
+            yield name, Choice(polish_mask(inputs.weights[name], choice.mask, hessian, inputs.pattern, self.sweeps))
 
     def mask(self, weight: torch.Tensor, statistics: InputStatistics | None, pattern: NMPattern) -> torch.Tensor:
         start = self.start.mask(weight, statistics, pattern)

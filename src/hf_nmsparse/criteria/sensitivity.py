@@ -24,7 +24,7 @@ from .blocks import Sample, evaluating, model_inputs, replaced_forward
 from .engine import Walk, WalkOptions
 from .knapsack import most_valuable
 from .report import LayerReport
-from .targets import Target, check_targets, find_weights, in_blocks, is_encoder_decoder
+from .targets import Target, check_targets, find_weights, is_encoder_decoder
 
 IGNORED = -100  # the label of a token that Transformers leaves out of the loss
 
@@ -163,9 +163,7 @@ def sensitivity(
         raise ConfigError(f"compare: {repeated[0]!r} is there more than once; each needs a name of its own")
     if measure_loss:
         _check_is_causal_lm(model)
-    targets = list(find_weights(model, dense_layers).values())
-    if layers is not None:
-        targets = in_blocks(model, targets, layers)
+    targets = list(find_weights(model, dense_layers, layers).values())
     check_targets(targets)
     survey = _Survey(model, targets, criterion, others, pattern, measure_loss, progress)
     with survey.bar, evaluating(model):

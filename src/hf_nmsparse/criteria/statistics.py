@@ -55,6 +55,7 @@ class _Accumulator:
             lower = self.hessian.tril_().div_(self.tokens)
             hessian = lower.add_(lower.tril(-1).t())
         inputs = torch.cat(self.inputs) if self.inputs is not None else None
+        self.inputs = None
         return InputStatistics(self.tokens, self.square / self.tokens, hessian, inputs)
 
 
@@ -174,4 +175,4 @@ def _without_padding(x: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor
     rows = x.detach().flatten(0, -2)
     if real is None or len(rows) != real.numel():
         return rows
-    return rows[real.flatten()]
+    return rows[real.flatten().to(rows.device)]

@@ -94,32 +94,30 @@ class Target:
             handle.remove()
 
 
-def find_weights(model: nn.Module, dense_layers: Iterable[str] = ()) -> dict[str, Target]:
+def find_weights(model: nn.Module, dense_layers: Iterable[str] = (), layers: str | None = None) -> dict[str, Target]:
     """The weights to prune: of every `nn.Linear`, `Conv1D` and expert inside the blocks, in the order of the model.
 
     What lies outside the blocks (embeddings, `lm_head`, poolers, classifiers), routers, and layers that share their
-    weight with another are left out.
+    weight with another (which logs a line) are left out.
 
     Args:
         model (`nn.Module`): a Transformers model.
         dense_layers (`Iterable[str]`): names to leave dense: a full name or any run of its parts (`"down_proj"`,
             `"mlp.up_proj"`, `"layers.0"`, `"experts.gate_up_proj"`, `"decoder"`).
+        layers (`str`, *optional*): of each stack only these blocks: `"first:last"`, without `last` itself; numbers, or
+            percent of the blocks rounded down: `"0:50%"`, `"4:"`, `":12"`.
 
     Returns:
         `dict[str, Target]`: by name; applying the mask sets the pruned weights to +0 in place.
 
     Raises:
-        ConfigError: if an entry of `dense_layers` matches nothing in the model, or no weight is left.
+        ConfigError: if an entry of `dense_layers` matches nothing in the model, `layers` cannot be read, or no weight is
+            left.
         UnsupportedError: naming layers that are packed, quantised, or wrapped by PEFT; or without blocks.
     """
     dense_layers = [dense_layers] if isinstance(dense_layers, str) else list(dense_layers)
     stacks = find_stacks(model)
-    inside = [
-        (name, module)
-        for prefix, blocks in stacks
-        for name, module in blocks.named_modules(prefix=prefix)
-        if not is_router(name, module)
-    ]
+    inside = [pair for prefix, blocks in stacks for pair in without_routers(blocks.named_modules(prefix=prefix))]
     tied = _tied_parameters(model)
     weights = {weight.name: weight for name, module in inside for weight in _weights_of(name, module, tied)}
     names = [*(name for name, _ in model.named_modules()), *weights]
@@ -137,7 +135,11 @@ def find_weights(model: nn.Module, dense_layers: Iterable[str] = ()) -> dict[str
         logger.warning(
             "%s (%s, %d such) has 3-D weights of unknown layout; left dense", unknown[0], kind, len(unknown)
         )
+    if shared := [name for name, module in inside if any(id(p) in tied for p in _own_parameters(module).values())]:
+        logger.warning("%s (%d such) shares its weight with another layer; left dense", shared[0], len(shared))
     found = {name: weight for name, weight in weights.items() if not is_dense(name)}
+    if found and layers is not None:
+        found = _in_blocks(stacks, found, layers)
     if not found:
         where = ", ".join(repr(prefix) for prefix, _ in stacks)
         raise ConfigError(f"{type(model).__name__}: no weight left to prune inside {where}; check dense_layers")
@@ -194,10 +196,19 @@ def name_matches(name: str, entry: str) -> bool:
     return f".{entry}." in f".{name}."
 
 
-def is_router(name: str, module: nn.Module) -> bool:
-    """Whether a linear layer decides where tokens go: a router class, or a gate with one output (Qwen2-MoE)."""
-    one_gate = name.endswith("gate") and getattr(module, "out_features", None) == 1
-    return "Router" in type(module).__name__ or one_gate
+def without_routers(modules: Iterable[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    """The modules (name and module, parents first) that do not decide where tokens go.
+
+    Routers, with all their parts, are found by name or class, and as a gate with one output (Qwen2-MoE).
+    """
+    kept, routers = [], []
+    for name, module in modules:
+        one_gate = name.endswith("gate") and getattr(module, "out_features", None) == 1
+        if "router" in f"{name}.{type(module).__name__}".lower() or one_gate:
+            routers.append(f"{name}.")
+        elif not name.startswith(tuple(routers)):
+            kept.append((name, module))
+    return kept
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
@@ -305,30 +316,19 @@ def check_targets(targets: list[Target]) -> None:
             raise UnsupportedError(f"{target.name}: its weight is on the meta device; load the model with its weights")
 
 
-def in_blocks(model: nn.Module, targets: list[Target], blocks: str) -> list[Target]:
-    """The targets inside some of the blocks of each stack.
-
-    Args:
-        model (`nn.Module`): the model.
-        targets (`list[Target]`): some of its weights.
-        blocks (`str`): `"first:last"`, without `last` itself; numbers, or percent of the blocks rounded down: `"0:50%"`,
-            `"4:"`, `":12"`.
-
-    Raises:
-        ConfigError: if it cannot be read, or no target is left.
-    """
+def _in_blocks(stacks: list[tuple[str, nn.ModuleList]], found: dict[str, Target], blocks: str) -> dict[str, Target]:
     match = re.fullmatch(r"\s*(?:(\d+)(%?))?\s*:\s*(?:(\d+)(%?))?\s*", blocks)
     if match is None:
         raise ConfigError(f"layers {blocks!r}: expected a range of blocks, for example '0:50%', '4:' or '2:10'")
     inside: set[nn.Module] = set()
-    for _, stack in find_stacks(model):
-        ends = [
+    for _, stack in stacks:
+        first, last = (
             default if number is None else (int(number) * len(stack) // 100 if percent else int(number))
             for number, percent, default in ((match[1], match[2], 0), (match[3], match[4], len(stack)))
-        ]
-        inside.update(module for block in stack[ends[0] : ends[1]] for module in block.modules())
-    left = [target for target in targets if target.module in inside]
+        )
+        inside.update(module for block in stack[first:last] for module in block.modules())
+    left = {name: target for name, target in found.items() if target.module in inside}
     if not left:
-        sizes = ", ".join(f"{name!r} has {len(stack)}" for name, stack in find_stacks(model))
+        sizes = ", ".join(f"{name!r} has {len(stack)}" for name, stack in stacks)
         raise ConfigError(f"layers {blocks!r} leaves no weight to prune; {sizes} blocks")
     return left

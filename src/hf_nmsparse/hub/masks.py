@@ -141,7 +141,7 @@ def why_no_mask(report: PruneReport) -> str:
         return "channels were permuted, so it would not be one of the base model as it is"
     if not isinstance(parse_pattern(report.pattern), NMPattern):
         return f"{report.pattern} has no groups, and codes are of groups"
-    return "channels were to be permuted, or only some of the experts of each block were pruned"
+    return "only some of the experts of each block were pruned, and a mask covers all of them or none"
 
 
 def _names_by_kind(layers: dict[str, NMSparseLayer]) -> tuple[list[str], list[str]]:
