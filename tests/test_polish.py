@@ -180,7 +180,21 @@ def test_polish_can_start_from_any_criterion():
     pattern = NMPattern("2:4")
     statistics = InputStatistics(1, hessian.diagonal().clone(), hessian)
     start = Magnitude().mask(weight, None, pattern)
-    expected = polish_mask(weight, start, hessian, pattern, sweeps=1)
-    assert torch.equal(Polish(start="magnitude", sweeps=1).mask(weight, statistics, pattern), expected)
+    for damping in (0.0, 0.5):
+        expected = polish_mask(weight, start, hessian, pattern, sweeps=1, damping=damping)
+        polish = Polish(start="magnitude", sweeps=1, damping=damping)
+        assert torch.equal(polish.mask(weight, statistics, pattern), expected)
     with pytest.raises(ConfigError, match="sweeps=0"):
         Polish(sweeps=0)
+    with pytest.raises(ConfigError, match="damping=-1"):
+        Polish(damping=-1)
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.3, 1.0, 30.0])
+@pytest.mark.parametrize("pattern", ["2:4", "3:7", "8:16"])
+def test_damping_never_raises_the_error_of_a_row_either(pattern, damping):
+    weight, hessian = layer(24, 64)
+    start = Magnitude().mask(weight, None, NMPattern(pattern))
+    polished = polish_mask(weight, start, hessian, NMPattern(pattern), damping=damping)
+    assert bool((row_errors(weight, polished, hessian) <= row_errors(weight, start, hessian)).all())
+    assert not torch.equal(polished, start)

@@ -561,7 +561,7 @@ def test_polish_starts_from_what_the_criterion_chooses_for_the_block(make_llama,
         assert all(b.relative_error <= a.relative_error for a, b in zip(before.layers, after.layers, strict=True))
     masks = {name: weight != 0 for name, weight in weights_of(started).items()}
     expected = {
-        name: polish_mask(weight, masks[name], hessian, NMPattern("1:4"))
+        name: polish_mask(weight, masks[name], hessian, NMPattern("1:4"), damping=Polish().damping)
         for name, (weight, hessian) in dense_statistics(make_llama(), tokens).items()
     }
     same_masks = [torch.equal(weights_of(polished)[name] != 0, mask) for name, mask in expected.items()]
