@@ -2,6 +2,7 @@
 """Shared fixtures: tiny random models, built offline."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -62,3 +63,12 @@ def base_folder(make_llama, tmp_path_factory):
 def tokens() -> torch.Tensor:
     """int64 `[8, 16]`."""
     return torch.randint(0, VOCABULARY, (8, 16), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture
+def there(inputs, tmp_path, monkeypatch) -> Path:
+    """An empty working folder beside links to what the `inputs` of a test file holds."""
+    for path in inputs.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -89,15 +89,6 @@ def trained(inputs, tmp_path_factory) -> Path:
     return output
 
 
-@pytest.fixture
-def there(inputs, tmp_path, monkeypatch) -> Path:
-    """An empty working folder beside links to the inputs."""
-    for path in inputs.iterdir():
-        (tmp_path / path.name).symlink_to(path)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 # --- the whole line -------------------------------------------------------------------------------------------------
 def test_prune_verify_eval(there):
     pruned = facts(f"prune base --criterion wanda --calibration train.txt --samples 4 {SHORT} --output pruned")

@@ -45,15 +45,6 @@ def inputs(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def there(inputs, tmp_path, monkeypatch) -> Path:
-    """An empty working folder beside links to the inputs."""
-    for path in inputs.iterdir():
-        (tmp_path / path.name).symlink_to(path)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def weights_in(folder: str | Path) -> dict[str, torch.Tensor]:
     return load_file(Path(folder) / "model.safetensors")
 

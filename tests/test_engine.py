@@ -8,6 +8,7 @@ import gc
 
 import pytest
 import torch
+from tests_support import walk_naively
 from torch import nn
 from transformers import (
     BloomConfig,
@@ -107,24 +108,11 @@ class Spy(Wanda):
 
 
 def naive_prune(model: nn.Module, criterion: str, pattern: NMPattern, calibration: torch.Tensor) -> None:
-    """Whole forwards for each block, all activations kept, statistics in one go."""
-    linears = {name: target.module for name, target in find_weights(model).items()}
-    for index in range(2):
-        block = {name: linear for name, linear in linears.items() if f".{index}." in name}
-        seen: dict[str, list[torch.Tensor]] = {name: [] for name in block}
-        hooks = [
-            linear.register_forward_pre_hook(lambda _, args, into=seen[name]: into.append(args[0].detach()))
-            for name, linear in block.items()
-        ]
-        with torch.no_grad():
-            model(calibration)
-        for hook in hooks:
-            hook.remove()
-        for name, linear in block.items():
-            x = torch.cat(seen[name]).flatten(0, -2)
-            statistics = InputStatistics(len(x), x.square().mean(0), x.t() @ x / len(x))
-            mask = get_criterion(criterion).mask(linear.weight.detach(), statistics, pattern)
-            linear.weight.data = torch.where(mask, linear.weight.data, 0)
+    """Whole forwards for each block, statistics in one go."""
+    for linear, x in walk_naively(model, 2, calibration):
+        statistics = InputStatistics(len(x), x.square().mean(0), x.t() @ x / len(x))
+        mask = get_criterion(criterion).mask(linear.weight.detach(), statistics, pattern)
+        linear.weight.data = torch.where(mask, linear.weight.data, 0)
 
 
 @pytest.mark.parametrize("criterion", ["magnitude", "wanda", "polish"])

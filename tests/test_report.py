@@ -20,7 +20,7 @@ from hf_nmsparse.report import facts, layers, write_report
 from hf_nmsparse.report.canvas import DARK, LIGHT
 from hf_nmsparse.report.figures import draw
 from hf_nmsparse.report.html import render
-from hf_nmsparse.results import RunResults
+from hf_nmsparse.results import MISSING, RunResults
 
 HOSTILE = "$\\x{$ <script>alert('x')</script> & \"q\" {{ 7*7 }} {% if %} $\\frac{$ \n---\n\x00 | ```"
 
@@ -120,7 +120,7 @@ def test_page_holds_the_numbers_of_the_results(page):
 
 
 def test_complete_results_leave_nothing_unmeasured(page):
-    assert facts.MISSING not in words(page)
+    assert MISSING not in words(page)
 
 
 @pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(RunResults) if f.name != "schema_version"])
@@ -131,7 +131,7 @@ def test_each_missing_field_is_called_not_measured(field):
     without_field = {"seconds_by_stage", "history", "layers", "terms", "fused_experts"}
     without_field |= {"kept_weights", "permuted_layers", "dense_budget"}  # of one-shot pruning; the cards tell them
     baseline = words(render(sample_results(), []))
-    more = text.count(facts.MISSING) - baseline.count(facts.MISSING)
+    more = text.count(MISSING) - baseline.count(MISSING)
     assert more > 0 or field in without_field or field == "planned_steps"
 
 
@@ -151,7 +151,7 @@ def test_empty_results_make_a_page_without_plots_or_claims(tmp_path, monkeypatch
     text = words(path.read_text(encoding="utf-8"))
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
     assert "The results hold no measurement." in text
-    assert text.count(facts.MISSING) > 20
+    assert text.count(MISSING) > 20
     for claim in ("pruned to", "closes", "bit for bit", "took"):
         assert claim not in text
 
@@ -201,7 +201,7 @@ def test_gap_needs_dense_one_shot_and_learned_and_ignores_remeasured_rows():
 
 def test_numbers_are_written_without_loss_of_magnitude():
     assert [facts.number(v) for v in (None, True, 1234, 24.448, 1920.3, math.inf, math.nan)] == [
-        facts.MISSING, "yes", "1,234", "24.45", "1,920", "inf", "nan",
+        MISSING, "yes", "1,234", "24.45", "1,920", "inf", "nan",
     ]  # fmt: skip
     assert [facts.size(v) for v in (12, 999_900, 8_873_216, 2.5e9)] == ["12 bytes", "999.9 kB", "8.9 MB", "2.5 GB"]
     assert [facts.duration(v) for v in (0.031, 81.0, 2391.0, 36000)] == ["0.031 s", "81 s", "39.9 min", "10.0 h"]

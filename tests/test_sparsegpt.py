@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests_support import walk_naively
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from hf_nmsparse import perplexity
-from hf_nmsparse.criteria import InputStatistics, Magnitude, find_weights, prune
+from hf_nmsparse.criteria import InputStatistics, Magnitude, prune
 from hf_nmsparse.criteria import sparsegpt as module
 from hf_nmsparse.criteria.base import BlockInputs
 from hf_nmsparse.criteria.solve import damped_cholesky, mean_diagonal
@@ -98,22 +99,10 @@ def test_agrees_with_the_published_algorithm(shape, pattern):
 
 def prune_as_published(model: nn.Module, pattern: NMPattern, calibration: torch.Tensor) -> None:
     """Whole forwards for each block, all activations kept."""
-    linears = {name: target.module for name, target in find_weights(model).items()}
-    for index in range(len(model.model.layers)):
-        block = {name: linear for name, linear in linears.items() if f".{index}." in name}
-        seen: dict[str, list[torch.Tensor]] = {name: [] for name in block}
-        hooks = [
-            linear.register_forward_pre_hook(lambda _, args, into=seen[name]: into.append(args[0].detach()))
-            for name, linear in block.items()
-        ]
-        with torch.no_grad():
-            model(calibration)
-        for hook in hooks:
-            hook.remove()
-        for name, linear in block.items():
-            x = torch.cat(seen[name]).flatten(0, -2).double()
-            _, updated = published(linear.weight.detach(), x.t() @ x * (2 / len(x)), pattern)
-            linear.weight.data = updated.to(linear.weight.dtype)
+    for linear, x in walk_naively(model, len(model.model.layers), calibration):
+        x = x.double()
+        _, updated = published(linear.weight.detach(), x.t() @ x * (2 / len(x)), pattern)
+        linear.weight.data = updated.to(linear.weight.dtype)
 
 
 def test_a_trained_model_is_pruned_as_well_as_by_the_published_algorithm():

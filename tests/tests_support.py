@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small modules for tests."""
+"""Small modules for tests, and a model walked the slow way."""
+
+from collections.abc import Iterator
 
 import torch
 from torch import nn
+
+from hf_nmsparse.criteria import find_weights
 
 
 class TinyMLP(nn.Module):
@@ -15,3 +19,26 @@ class TinyMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.second(self.first(x).relu())
+
+
+def walk_naively(
+    model: nn.Module, num_blocks: int, calibration: torch.Tensor
+) -> Iterator[tuple[nn.Linear, torch.Tensor]]:
+    """Each linear layer with its inputs `[tokens, in]`, by whole forwards for each block, all activations kept.
+
+    What is done to the layers of a block before the next one is asked for shows in the inputs of the next.
+    """
+    linears = {name: target.module for name, target in find_weights(model).items()}
+    for index in range(num_blocks):
+        block = {name: linear for name, linear in linears.items() if f".{index}." in name}
+        seen: dict[str, list[torch.Tensor]] = {name: [] for name in block}
+        hooks = [
+            linear.register_forward_pre_hook(lambda _, args, into=seen[name]: into.append(args[0].detach()))
+            for name, linear in block.items()
+        ]
+        with torch.no_grad():
+            model(calibration)
+        for hook in hooks:
+            hook.remove()
+        for name, linear in block.items():
+            yield linear, torch.cat(seen[name]).flatten(0, -2)

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing so that nothing is ever half done: beside the target first, then renamed into place."""
+"""Writing so that nothing is ever half done: beside the target first, then renamed into place. And reading JSON."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from .errors import FormatError
 
 
 def write_file(path: str | os.PathLike, data: bytes | str) -> Path:
@@ -27,6 +30,19 @@ def write_file(path: str | os.PathLike, data: bytes | str) -> Path:
         Path(temporary).unlink(missing_ok=True)
         raise
     return path
+
+
+def read_json(path: Path) -> dict | None:
+    """A JSON object, or `None` where there is no such file."""
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
+        raise FormatError(f"{path} is not JSON ({error}); fetch or write it again") from error
+    if not isinstance(content, dict):
+        raise FormatError(f"{path} holds a JSON {type(content).__name__}, expected an object; fetch or write it again")
+    return content
 
 
 @contextlib.contextmanager

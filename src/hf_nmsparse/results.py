@@ -18,7 +18,7 @@ import torch
 
 from .errors import FormatError, PatternError
 from .files import write_file
-from .pattern import NMPattern
+from .pattern import Pattern, parse_pattern
 
 SCHEMA_VERSION = 1
 MISSING = "not measured"
@@ -100,12 +100,12 @@ class RunResults:
     schema_version: int = SCHEMA_VERSION
 
     @property
-    def parsed_pattern(self) -> NMPattern | None:
-        """The pattern as an `NMPattern`, or `None` when the results name none that can be read, or sparsity without groups."""
+    def parsed_pattern(self) -> Pattern | None:
+        """The pattern, or `None` when the results name none that can be read."""
         if self.pattern is None:
             return None
         try:
-            return NMPattern(self.pattern)
+            return parse_pattern(self.pattern)
         except PatternError:
             return None
 
@@ -148,6 +148,24 @@ class RunResults:
 def is_finite(value: Any) -> bool:
     """Whether `value` is a number that can be plotted and compared."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def number(value: Any) -> str:
+    """A value as people read it: numbers with four significant digits and thousands separated, all else as its text."""
+    if value is None:
+        return MISSING
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if is_finite(value):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return str(value)
+
+
+def one_line(text: Any) -> str:
+    """`text` on one line, without characters that cannot be printed."""
+    return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
 
 
 def environment() -> dict[str, str]:

@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 from collections.abc import Iterable, Iterator
 from enum import Enum
 from pathlib import Path
 
-from ..errors import ConfigError, FormatError
-from ..files import staged_folder
+from ..errors import ConfigError
+from ..files import read_json, staged_folder
 from .common import size
 
 RESULTS_FILE = "results.json"
@@ -58,19 +57,6 @@ def kind_of(folder: Path) -> Kind:
         packed = isinstance(quantization, dict) and quantization.get("quant_method") == "nmsparse"
         return Kind.PACKED if packed else Kind.MODEL
     return Kind.RUN if checkpoints_in(folder) else Kind.NOTHING
-
-
-def read_json(path: Path) -> dict | None:
-    """A JSON object, or `None` where there is no such file."""
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
-        raise FormatError(f"{path} is not JSON ({error}); fetch or write it again") from error
-    if not isinstance(content, dict):
-        raise FormatError(f"{path} holds a JSON {type(content).__name__}, expected an object; fetch or write it again")
-    return content
 
 
 def checkpoints_in(folder: Path) -> list[Path]:

@@ -10,8 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import ConfigError, FormatError
+from ..files import read_json
 from .common import facts_table, size, verb
-from .folders import RESULTS_FILE, Kind, checkpoints_in, folder_bytes, kind_of, read_json
+from .folders import RESULTS_FILE, Kind, checkpoints_in, folder_bytes, kind_of
 from .models import locate
 from .options import JsonOption, RevisionOption, TaskOption
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigError, FormatError
+from ..files import read_json
 from .common import STOPPED, command_line, tell, verb
-from .folders import CHECKPOINTS, Kind, check_output, checkpoints_in, read_json, remove_checkpoints
+from .folders import CHECKPOINTS, Kind, check_output, checkpoints_in, remove_checkpoints
 from .models import empty_model
 from .options import (
     TEXT_HELP,

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, FormatError
-from ..files import write_file
+from ..files import read_json, write_file
 from .common import tell
-from .folders import read_json
 
 _RUN_FILE = "run.json"
 

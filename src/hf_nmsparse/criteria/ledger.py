@@ -17,7 +17,7 @@ from safetensors.torch import save
 
 from .. import ops
 from ..errors import ConfigError, FormatError, PatternError
-from ..files import write_file
+from ..files import read_json, write_file
 from ..pattern import NMPattern, Pattern
 from .base import Choice
 from .report import LayerReport
@@ -71,7 +71,7 @@ class Ledger:
             values = choice.weight[mask].to(weight.dtype)
             if not bool(values.isfinite().all()):
                 raise PatternError(f"{where}: its new weights are not finite; prune with weights='keep'")
-        values = None if values is None else values.cpu()
+            values = values.cpu()
         self._stored[name] = _Stored(tuple(weight.shape), weight.dtype, self._packed(mask, where).cpu(), values)
         self.layers.append(report)
 
@@ -173,12 +173,12 @@ class Ledger:
         """
         wanted = json.loads(json.dumps(run))
         path = self.folder / RUN_FILE
-        if not path.is_file():
+        found = read_json(path)
+        if found is None:
             if self.folder.is_dir() and any(not path.name.startswith(".") for path in self.folder.iterdir()):
                 raise ConfigError(f"checkpoint_folder {self.folder} holds other files; name an empty or new folder")
             write_file(path, json.dumps(wanted, indent=1) + "\n")
             return
-        found = _read_json(path)
         if different := sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key)):
             key = different[0]
             raise ConfigError(
@@ -202,9 +202,9 @@ class Ledger:
         path = self.folder / f"{key}.safetensors"
         for name in names:
             stored = self._stored[name]
-            tensors[f"{name}.mask"] = stored.mask.cpu().contiguous()
+            tensors[f"{name}.mask"] = stored.mask.contiguous()
             if stored.values is not None:
-                tensors[f"{name}.values"] = stored.values.cpu().contiguous()
+                tensors[f"{name}.values"] = stored.values.contiguous()
             if name in self._orders:
                 tensors[f"{name}.order"] = self._orders[name].cpu().contiguous()
         tensors |= {f"{name}.base": self._bases[name] for name in weight_names if name in self._bases}
@@ -272,11 +272,3 @@ def finished_layers(folder: Path) -> int:
         with suppress(SafetensorError, KeyError, TypeError, ValueError), safe_open(path, framework="pt") as file:
             done += len(json.loads(file.metadata()["layers"]))
     return done
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FormatError(f"{path} is not JSON ({error}); remove the folder {path.parent} and start again") from error
-    return content if isinstance(content, dict) else {}

@@ -19,10 +19,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..errors import ConfigError, PatternError
+from ..errors import ConfigError
 from ..files import write_file
 from ..packed.stored_mask import inside_24
-from ..pattern import NMPattern, Pattern, parse_pattern
+from ..pattern import NMPattern, Pattern
 from ..results import MISSING, RunResults, is_finite
 from .markdown import fenced, layer_counts, megabytes, number, one_line, prose, ratio
 
@@ -100,8 +100,9 @@ def _metadata(
 ) -> ModelCardData:
     base = results.base_model if _is_hub_id(results.base_model) else None
     pattern = results.parsed_pattern
-    tags = ["nmsparse", "mask" if kind == "mask" else None, str(pattern) if pattern else None, "sparsity", "pruned"]
-    if not results.pattern or pattern:
+    nm = isinstance(pattern, NMPattern)
+    tags = ["nmsparse", "mask" if kind == "mask" else None, str(pattern) if nm else None, "sparsity", "pruned"]
+    if not results.pattern or nm:
         tags.append("semi-structured-sparsity")
     evaluation = _evaluation(results, kind)
     languages = [language] if isinstance(language, str) else [*(language or ())]
@@ -153,12 +154,12 @@ def _model_name(results: RunResults, kind: Kind, repo_id: str | None) -> str:
         return one_line(repo_id).rsplit("/", 1)[-1]
     base = re.split(r"[/\\]", one_line(results.base_model or "model").rstrip("/\\"))[-1]
     pattern = results.parsed_pattern
-    return f"{base}-{pattern}-{kind}" if pattern else f"{base}-{kind}"
+    return f"{base}-{pattern}-{kind}" if isinstance(pattern, NMPattern) else f"{base}-{kind}"
 
 
 # --- body -----------------------------------------------------------------------------------------------------------
 def _body(results: RunResults, kind: Kind, repo_id: str | None) -> dict[str, Any]:
-    pattern = _pattern(results)
+    pattern = results.parsed_pattern
     base = prose(results.base_model)
     dense_rows = [name for name in results.perplexity if name.strip().lower() == "dense"]
     dense = results.perplexity[dense_rows[0]] if dense_rows else None
@@ -211,13 +212,6 @@ def _body(results: RunResults, kind: Kind, repo_id: str | None) -> dict[str, Any
 
 
 _SPEED_COLUMNS = ("name", "device", "tokens", "milliseconds", "ratio")
-
-
-def _pattern(results: RunResults) -> Pattern | None:
-    try:
-        return None if results.pattern is None else parse_pattern(results.pattern)
-    except PatternError:
-        return None
 
 
 def _kept(results: RunResults, pattern: Pattern | None) -> str:
@@ -330,7 +324,7 @@ def _load(results: RunResults, kind: Kind, repo_id: str | None) -> str:
 
 def _packing(results: RunResults, plain: str) -> str:
     """How to get a smaller model out of a masked one."""
-    pattern = _pattern(results)
+    pattern = results.parsed_pattern
     if results.side_branch:
         return "To get a smaller model, compress the base model with its mask (`nmsparse compress BASE --mask MASK`)."
     if pattern is None:

@@ -9,20 +9,15 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from ..results import MISSING, is_finite
+from .. import results
+from ..results import MISSING, is_finite, one_line
 
 
 def number(value: Any) -> str:
-    """A number with thousands separated or four digits; what is no number as text."""
-    if value is None:
-        return MISSING
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if is_finite(value):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return prose(value)
+    """A number as people read it; what is no number as `prose`."""
+    return (
+        results.number(value) if value is None or isinstance(value, (bool, int)) or is_finite(value) else prose(value)
+    )
 
 
 def ratio(value: Any, dense: Any) -> str:
@@ -43,11 +38,6 @@ def layer_counts(names: Sequence[str]) -> str:
         return ", ".join(prose(name) for name in names)
     kinds = Counter(str(name).rsplit(".", 1)[-1] for name in names)
     return f"{len(names):,} (" + ", ".join(f"{prose(kind)} × {n:,}" for kind, n in kinds.items()) + ")"
-
-
-def one_line(text: Any) -> str:
-    """`text` on one line without control characters: fit for YAML values."""
-    return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
 
 
 def prose(text: Any) -> str:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from .. import ops
 from ..adapter import linear_and_expert_weights, mask_layers
-from ..errors import ConfigError, FormatError, PatternError
+from ..errors import ConfigError, FormatError
 from ..packed import SparseLinear24
 from ..packed.checkpoint import check_packed_files, check_slorb_block
 from ..pattern import NMPattern, Pattern, parse_pattern
@@ -126,9 +126,8 @@ def _recorded_pattern(folder: Path) -> Pattern | None:
     if not path.is_file():
         return None
     try:
-        recorded = RunResults.read(path).pattern
-        return None if recorded is None else parse_pattern(recorded)
-    except (FormatError, PatternError) as error:  # many programs call a file so
+        return RunResults.read(path).parsed_pattern
+    except FormatError as error:  # many programs call a file so
         logger.info("%s; its pattern is not taken from it", error)
         return None
 

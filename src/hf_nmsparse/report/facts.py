@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..pattern import NMPattern
-from ..results import MISSING, RunResults, is_finite
+from ..results import RunResults, is_finite, number, one_line
 
 Role = Literal["dense", "one-shot", "learned"]
 
@@ -80,19 +79,6 @@ def packed_bound(pattern: NMPattern) -> float:
     return pattern.density + pattern.entropy_bits_per_weight / 16
 
 
-def number(value: Any) -> str:
-    """A number as people read it: four significant digits, thousands separated."""
-    if value is None:
-        return MISSING
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float) and math.isfinite(value):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return str(value)
-
-
 def times(ratio: float) -> str:
     """A ratio to the dense model."""
     return f"{ratio:.2f}×" if ratio < 100 else f"{ratio:,.0f}×"
@@ -119,7 +105,7 @@ def duration(value: Any) -> str:
 
 def line(text: Any, limit: int = 60) -> str:
     """`text` on one line, without characters that cannot be drawn, shortened to `limit` characters."""
-    flat = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+    flat = one_line(text)
     return flat if len(flat) <= limit else flat[: limit - 1] + "…"
 
 

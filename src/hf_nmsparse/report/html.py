@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import jinja2
 
+from ..pattern import NMPattern
 from ..results import MISSING, RunResults, is_finite
 from .facts import (
     Gap,
@@ -66,7 +67,11 @@ def _summary(results: RunResults, rows: Sequence[Row], gap_closed: Gap | None) -
     sentences = []
     pattern = results.parsed_pattern
     subject = f"{results.base_model} was pruned" if results.base_model else "A model was pruned"
-    kept = f" to {pattern} ({pattern.n} of every {pattern.m} consecutive weights kept)" if pattern else ""
+    kept = ""
+    if isinstance(pattern, NMPattern):
+        kept = f" to {pattern} ({pattern.n} of every {pattern.m} consecutive weights kept)"
+    elif pattern is not None:
+        kept = f" by {pattern} of the weights of each layer"
     method = f" with {results.method}" if results.method else ""
     if results.base_model or kept or method:
         sentences.append(f"{subject}{kept}{method}.")
@@ -148,7 +153,7 @@ def _gap_formula(found: Gap) -> str:
 def _bounds(results: RunResults) -> list[tuple[str, str, str]]:
     """(what, this run, least possible)."""
     pattern = results.parsed_pattern
-    least = _percent(packed_bound(pattern)) if pattern else MISSING
+    least = _percent(packed_bound(pattern)) if isinstance(pattern, NMPattern) else MISSING
     return [
         ("Mask, bits per pruned weight", number(results.mask_bits_per_weight), number(results.mask_bits_bound)),
         ("Packed layers, share of their dense bfloat16 bytes", _percent(results.packed_ratio), least),
