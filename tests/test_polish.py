@@ -6,7 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_nmsparse.criteria import InputStatistics, Magnitude, Polish, Wanda, polish_mask
+from hf_nmsparse.criteria import BlockInputs, InputStatistics, Magnitude, Polish, Wanda, polish_mask
+from hf_nmsparse.criteria.solve import hessian_power
 from hf_nmsparse.errors import ConfigError
 from hf_nmsparse.pattern import NMPattern
 
@@ -180,21 +181,41 @@ def test_polish_can_start_from_any_criterion():
     pattern = NMPattern("2:4")
     statistics = InputStatistics(1, hessian.diagonal().clone(), hessian)
     start = Magnitude().mask(weight, None, pattern)
-    for damping in (0.0, 0.5):
-        expected = polish_mask(weight, start, hessian, pattern, sweeps=1, damping=damping)
-        polish = Polish(start="magnitude", sweeps=1, damping=damping)
+    for power in (1.0, 0.5):
+        expected = polish_mask(weight, start, hessian, pattern, sweeps=1, objective=hessian_power(hessian, power))
+        polish = Polish(start="magnitude", sweeps=1, power=power)
         assert torch.equal(polish.mask(weight, statistics, pattern), expected)
     with pytest.raises(ConfigError, match="sweeps=0"):
         Polish(sweeps=0)
-    with pytest.raises(ConfigError, match="damping=-1"):
-        Polish(damping=-1)
+    for power in (-1, 1.5, float("nan")):
+        with pytest.raises(ConfigError, match=f"power={power}"):
+            Polish(power=power)
 
 
-@pytest.mark.parametrize("damping", [0.0, 0.3, 1.0, 30.0])
+@pytest.mark.parametrize("power", [0.1, 0.3, 0.5, 1.0])
 @pytest.mark.parametrize("pattern", ["2:4", "3:7", "8:16"])
-def test_damping_never_raises_the_error_of_a_row_either(pattern, damping):
+def test_another_objective_never_raises_the_error_of_a_row_either(pattern, power):
     weight, hessian = layer(24, 64)
     start = Magnitude().mask(weight, None, NMPattern(pattern))
-    polished = polish_mask(weight, start, hessian, NMPattern(pattern), damping=damping)
+    polished = polish_mask(weight, start, hessian, NMPattern(pattern), objective=hessian_power(hessian, power))
     assert bool((row_errors(weight, polished, hessian) <= row_errors(weight, start, hessian)).all())
     assert not torch.equal(polished, start)
+
+
+@pytest.mark.parametrize("power", [0.0, 0.25, 0.5, 1.0])
+def test_powers_of_a_hessian_multiply_to_it_and_take_no_harm_from_zeros(power):
+    _, hessian = layer(1, 33)
+    hessian[4], hessian[:, 4] = 0, 0  # a dead channel
+    root, rest = hessian_power(hessian, power), hessian_power(hessian, 1 - power)
+    assert torch.equal(root, root.t())
+    torch.testing.assert_close(root @ rest, hessian, atol=1e-5, rtol=1e-5)
+
+
+def test_layers_with_the_same_inputs_get_the_same_mask_in_a_block_as_alone():
+    generator = torch.Generator().manual_seed(3)
+    weights = {name: torch.randn(8, 32, generator=generator) for name in ("q", "k", "o")}
+    shared, own = (InputStatistics(1, h.diagonal().clone(), h) for h in (layer(1, 32, seed)[1] for seed in (1, 2)))
+    statistics = {"q": shared, "k": shared, "o": own}
+    inputs = BlockInputs({}, weights, statistics, NMPattern("2:4"), torch.nn.Module())
+    for name, choice in Polish().choose_block(inputs):
+        assert torch.equal(choice.mask, Polish().mask(weights[name], statistics[name], NMPattern("2:4")))

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Factoring a Hessian that may be singular: few tokens, dead channels and massive ones are the rule, not the exception."""
+"""Factors and powers of a Hessian that may be singular: few tokens, dead channels and massive ones are the rule, not the
+exception."""
 
 from __future__ import annotations
 
@@ -59,3 +60,21 @@ def mean_diagonal(hessian: torch.Tensor) -> torch.Tensor:
     """The mean of the diagonal over live channels, a scalar; 0 if all are dead."""
     diagonal = hessian.diagonal().float()
     return diagonal.sum() / (diagonal != 0).sum().clamp(min=1)
+
+
+def hessian_power(hessian: torch.Tensor, power: float) -> torch.Tensor:
+    """`H^power` by its eigenvalues, in float64 inside. Negative eigenvalues, which are rounding, count as 0.
+
+    Args:
+        hessian (`torch.Tensor`): symmetric, `[in, in]`; is not changed.
+        power (`float`): 1 gives `hessian` itself, 0.5 its symmetric root, 0 the identity.
+
+    Returns:
+        symmetric float32 `[in, in]`.
+    """
+    if power == 1:
+        return hessian.float()
+    exact = torch.device("cpu") if hessian.device.type == "mps" else hessian.device  # MPS has no float64
+    values, vectors = torch.linalg.eigh(hessian.to(exact, torch.float64))
+    half = vectors * values.clamp(min=0) ** (power / 2)  # its product with itself is symmetric to the last bit
+    return (half @ half.t()).float().to(hessian.device)
