@@ -9,6 +9,8 @@ With `D = W * M - W` and `H` the mean of `x x^T` over tokens, the mean squared e
 is exact for every candidate c, so the best of the C(m, n) candidates is found without approximation, for all rows at once.
 `G = D H` is needed one block of columns at a time: it is computed when the block is reached and kept current only
 within it (the lazy batch updates of GPTQ, arXiv 2210.17323, section 3.3), so it is never stored whole and does not drift.
+
+`Polish` descends with the root of H in its place (see `power`), and then makes sure that no `e_r` has risen.
 """
 
 from __future__ import annotations
