@@ -213,18 +213,21 @@ def forward_seconds(model: nn.Module, calibration: torch.Tensor) -> float:
 
 def write_table(rows: dict[str, dict], path: Path) -> None:
     names = list(next(iter(rows.values()))["perplexity"])
-    forwards = rows.get("wanda", {}).get("two_forwards_seconds")
     lines = [
-        f"| | {' | '.join(names)} | seconds | x two forwards | peak memory | output error |",
+        f"| | {' | '.join(names)} | seconds | CPU seconds | peak memory | output error |",
         "|---|" + "---|" * (len(names) + 4),
     ]
     for name, row in rows.items():
-        perplexities = " | ".join(f"{row['perplexity'][text]:.1f}" for text in names)
-        seconds, peak, error = row.get("seconds"), row.get("peak_memory_bytes"), row.get("mean_relative_error")
-        ratio = f"{seconds / forwards:.2f}" if seconds and forwards else "-"
+        perplexities = " | ".join(f"{row['perplexity'][text]:,.1f}" for text in names)
+        seconds, error = row.get("seconds"), row.get("mean_relative_error")
         error = "-" if error is None or row["error_form"] != "hessian" else f"{error:.4f}"
-        cost = f"{seconds:.0f} | {ratio} | {peak / 1e9:.2f} GB" if seconds else "- | - | -"
+        cost = "- | - | -"
+        if seconds is not None:
+            cost = f"{seconds:.0f} | {row['cpu_seconds']:.0f} | {row['peak_memory_bytes'] / 1e9:.2f} GB"
         lines.append(f"| {name} | {perplexities} | {cost} | {error} |")
+    if "wanda" in rows:
+        forwards, seconds = rows["wanda"]["two_forwards_seconds"], rows["wanda"]["seconds"]
+        lines += ["", f"wanda takes {seconds / forwards:.2f} times two forward passes over the calibration tokens."]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
 
