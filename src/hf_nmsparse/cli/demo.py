@@ -39,7 +39,7 @@ def demo(
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of data order and mask noise.")] = 0,
     json_output: JsonOption = False,
 ) -> None:
-    """Learn a 2:4 mask on a real model, publish it, pack the model, load it back: the whole line in about ten minutes.
+    """Learn a 2:4 mask on a real model, publish it, pack the model, load it back: the whole line in about twelve minutes.
 
     Leaves a folder with the published mask, the packed model, a report (report.html, PNG plots) and demo.json.
 
