@@ -32,13 +32,13 @@ lint: setup
 
 bench: setup
 	$(BIN)/python benchmarks/masks.py
-	$(BIN)/python benchmarks/packed.py
+	$(BIN)/python benchmarks/linear.py
 
 # On a machine with a GPU: the tests marked `gpu` and the benchmarks, with whatever python is called PYTHON.
 gpu-check:
 	$(PYTHON) -m pytest -m gpu
 	$(PYTHON) benchmarks/masks.py --device cuda
-	$(PYTHON) benchmarks/packed.py --device cuda
+	$(PYTHON) benchmarks/linear.py --device cuda --tune
 
 clean:
 	rm -rf $(VENV) demo build dist .pytest_cache .ruff_cache

@@ -159,6 +159,28 @@ def test_merge_compress_eval_verify(there, trained):
     assert RunResults.read("packed2/results.json").method == "candidates (prior wanda)"
 
 
+def test_compress_rounds_values(there):
+    run("prune base --criterion magnitude --output masked")
+    results = RunResults.read("masked/results.json")
+    results.perplexity = {"dense": 10.0, "magnitude": 20.0}
+    results.write("masked/results.json")
+    line = f"compress masked --values int4 --calibration train.txt --samples 4 {SHORT}"
+    dry = facts(f"{line} --output int4 --dry-run")
+    assert dry["dry_run"] and dry["values"] == "int4" and not Path("int4").exists()
+    found = facts(f"{line} --output int4")
+    assert found["values"] == "int4" and 0 < found["packed_bytes"] < 0.3 * found["dense_bytes"]
+    assert facts("verify int4")["ok"] and facts("inspect int4")["values"] == "int4"
+    assert any(name.endswith("weight_input_scale") for name in load_file("int4/model.safetensors"))
+    results = RunResults.read("int4/results.json")
+    assert results.values == "int4" and results.perplexity == {"dense": 10.0}
+    assert "train.txt" in results.data["calibration of values"]
+    card = Path("int4/README.md").read_text()
+    assert "stored as int4" in card and "Kept weights: bit-equal" not in card
+    nearest = facts("compress masked --values int4 --output nearest")
+    assert not any(name.endswith("input_scale") for name in load_file("nearest/model.safetensors"))
+    assert nearest["packed_bytes"] == dry["packed_bytes"] < found["packed_bytes"]
+
+
 def test_plan_reads_the_config_only(there):
     Path("bare").mkdir()
     shutil.copy("base/config.json", "bare/config.json")
@@ -343,6 +365,7 @@ def test_wrong_training_options(there, options, said):
         ("prune base --criterion magnitude --output base", "also an input"),
         ("prune base --criterion magnitude --output train.txt", "is a file"),
         ("compress base --output x", "2:4 sparse"),
+        ("compress base --calibration train.txt --output x", "add --values int8 or int4"),
         ("eval base --text test.txt --sequence-length 4096", "500 tokens"),
         ("verify base --base base", "--base is for masks"),
         ("train --max_steps 3 base --data train.txt --output x", "MODEL must come before"),

@@ -533,9 +533,10 @@ def test_config_stores_what_describes_the_checkpoint_and_nothing_else():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"format_version": 2, "novelty": 1}, "upgrade hf-nmsparse"),
+        ({"format_version": 3, "novelty": 1}, "upgrade hf-nmsparse"),
         ({"format_version": "1"}, "no version"),
-        ({"values": "int8"}, "int8.*upgrade hf-nmsparse"),
+        ({"values": "int5"}, "int5.*'int4'"),
+        ({"values": "int4", "format_version": 1}, "format_version=1 with values='int4'"),
         ({"patern": "2:4"}, "unknown fields.*patern"),
         ({"pattern": "4:8"}, "packed form is '2:4'"),
         ({"memory": "quick"}, "quick"),

@@ -423,7 +423,7 @@ WRONG = {
     "ids of another dtype": (lambda t, m: t.update({IDS: t[IDS].to(torch.int8)}), f"{IDS}: I8"),
     "integer values": (lambda t, m: t.update({VALUES: t[VALUES].to(torch.int32)}), f"{VALUES}: dtype I32"),
     "ids that are none": (lambda t, m: t[IDS].fill_(0), f"{IDS}: byte 0 of row 0"),
-    "a later version": (lambda t, m: m.update({"nmsparse.format_version": "2"}), "upgrade hf-nmsparse"),
+    "a later version": (lambda t, m: m.update({"nmsparse.format_version": "3"}), "upgrade hf-nmsparse"),
     "no version": (lambda t, m: m.update({"nmsparse.format_version": "x"}), "is no version"),
     "ids missing": (lambda t, m: [t.pop(n) for n in list(t) if n.endswith("_idx")], "no packed tensors"),
 }
@@ -438,7 +438,7 @@ def test_wrong_tensors_are_refused_even_without_digests(packed_folder, wrong):
 
 
 def test_damaged_file_and_later_config_are_refused(packed_folder):
-    rewrite_config(packed_folder, format_version=2, novelty=True)
+    rewrite_config(packed_folder, format_version=3, novelty=True)
     with pytest.raises(FormatError, match="upgrade hf-nmsparse"):
         load(packed_folder)
     rewrite_config(packed_folder, format_version=1)

@@ -194,3 +194,10 @@ def keep_quantised_layout(module: nn.Module) -> None:
     if getattr(module, "support_avx512bf16_for_cpu", False):
         module.support_avx512bf16_for_cpu = False
         module.state_dict()  # puts a weight that was rearranged before back in order
+
+
+# --- transformers 5.23: from_pretrained draws normal numbers into every weight of an nn.Linear that is offloaded to disk ---
+# Can go when offloaded parameters count as initialised, or its init functions leave integers alone.
+def keep_from_initialising(parameter: nn.Parameter) -> None:
+    """Have `from_pretrained` take a parameter as initialised: integers have no normal distribution, and it would raise."""
+    parameter._is_hf_initialized = True

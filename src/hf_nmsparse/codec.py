@@ -261,6 +261,74 @@ def unpack_24(values: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return dense.scatter(1, columns_of_24(ids), values)
 
 
+# --- quantised values of a packed weight ----------------------------------------------------------------------------
+SCALE_COLUMNS = 128
+"""Columns of the dense weight that share a scale; the last group of a row may be shorter."""
+LARGEST = {"int8": 127, "int4": 7}
+
+
+def round_in_groups(
+    weight: torch.Tensor, kind: str, columns: int, dtype: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round a weight to the nearest multiple of a scale, symmetrically, one scale for each `columns` of a row.
+
+    The scale is the largest magnitude of its group over 127 or 7, rounded to its dtype before weights are divided by it, so
+    that its rounding costs nothing but range.
+
+    Args:
+        weight (`torch.Tensor`): `[out, in]`, floating point.
+        kind (`str`): "int8" or "int4".
+        columns (`int`): of a group; the last one of a row may be shorter.
+        dtype (`torch.dtype`, *optional*): of the scale; by default that of the weight.
+
+    Returns:
+        whole numbers as float32 `[out, in]`, and the scale, `[out, ceil(in/columns)]`.
+    """
+    largest = LARGEST[kind]
+    padded = F.pad(weight.float(), (0, -weight.shape[1] % columns)).unflatten(1, (-1, columns))
+    scale = (padded.abs().amax(-1) / largest).to(dtype or weight.dtype)
+    divisor = scale.float().unsqueeze(-1)
+    rounded = torch.where(divisor > 0, padded / divisor, 0).round().clamp(-largest, largest)
+    return rounded.flatten(1)[:, : weight.shape[1]], scale
+
+
+def quantize_values(
+    kept: torch.Tensor, kind: str, dtype: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round kept weights to the nearest of `kind`, one scale for each 128 columns of the dense weight.
+
+    Args:
+        kept (`torch.Tensor`): `[out, in/2]`, floating point.
+        kind (`str`): "int8" or "int4".
+        dtype (`torch.dtype`, *optional*): of the scale; by default that of `kept`.
+
+    Returns:
+        values (int8 `[out, in/2]`; for int4 uint8 `[out, in/4]`, low nibble first, nibble = value + 8), and the scale,
+        `[out, ceil(in/128)]`.
+    """
+    rounded, scale = round_in_groups(kept, kind, SCALE_COLUMNS // 2, dtype)
+    values = rounded.to(torch.int8)
+    return (values if kind == "int8" else pack_nibbles(values)), scale
+
+
+def pack_nibbles(values: torch.Tensor) -> torch.Tensor:
+    """int8 in [-8, 7], `[out, n]` with n even -> uint8 `[out, n/2]`, low nibble first, nibble = value + 8."""
+    nibbles = (values + 8).to(torch.uint8)
+    return nibbles[:, ::2] | (nibbles[:, 1::2] << 4)
+
+
+def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
+    """The inverse of `pack_nibbles`."""
+    return torch.stack([packed & 15, packed >> 4], -1).flatten(1).to(torch.int8) - 8
+
+
+def dequantize_values(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Kept weights, float32 `[out, in/2]`, of what `quantize_values` returned."""
+    whole = unpack_nibbles(values) if values.dtype == torch.uint8 else values
+    spread = scale.float().repeat_interleave(SCALE_COLUMNS // 2, 1)[:, : whole.shape[1]]
+    return whole.float() * spread
+
+
 def check_ids_24(ids: torch.Tensor, name: str) -> None:
     """Refuse ids that are not two ascending positions a group.
 

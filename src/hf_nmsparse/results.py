@@ -51,6 +51,7 @@ class RunResults:
         perplexity_sequence_length (`int`, *optional*): window length.
         mask_bits_per_weight (`float`, *optional*): size of the mask file in bits over pruned weights.
         mask_bits_bound (`float`, *optional*): log2 C(m, n) / m.
+        values (`str`, *optional*): "int8" or "int4", where the packed values are rounded to such numbers.
         packed_ratio (`float`, *optional*): packed bytes of the pruned layers over their dense bfloat16 bytes.
         sizes (`dict[str, int]`): bytes, for example {"mask": ..., "packed_model": ..., "dense_model": ...}.
         reload_bit_equal (`bool`, *optional*): reloaded packed weights, decompressed, equal the merged ones.
@@ -83,6 +84,7 @@ class RunResults:
     perplexity_sequence_length: int | None = None
     mask_bits_per_weight: float | None = None
     mask_bits_bound: float | None = None
+    values: str | None = None
     packed_ratio: float | None = None
     sizes: dict[str, int] = field(default_factory=dict)
     reload_bit_equal: bool | None = None

@@ -109,6 +109,7 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
 
 def _packed(folder: Path) -> dict[str, Any]:
     from ..packed.branch import BRANCH_LEAVES
+    from ..packed.weights import WEIGHT_LEAVES
 
     config = read_json(folder / "config.json") or {}
     tensors = _tensors(folder)
@@ -116,21 +117,26 @@ def _packed(folder: Path) -> dict[str, Any]:
     for name in layers:
         if f"{name}.weight" not in tensors:
             raise FormatError(f"{folder}: {name}.weight is missing though {name}.weight_idx is there; fetch it again")
-    packed = sum(_bytes(tensors[f"{name}.{leaf}"]) for name in layers for leaf in ("weight", "weight_idx"))
+    stored = [tensors[key] for name in layers for leaf in WEIGHT_LEAVES if (key := f"{name}.{leaf}") in tensors]
+    packed = sum(map(_bytes, stored))
     branch = [tensors[key] for name in layers for leaf in BRANCH_LEAVES if (key := f"{name}.{leaf}") in tensors]
     branch_bytes = sum(map(_bytes, branch))
     packed += branch_bytes
     ranks = {tensors[key][1][0] for name in layers if (key := f"{name}.weight_low_rank_a") in tensors}
     terms = {"slorb_block": config["quantization_config"].get("slorb_block"), "low_rank": max(ranks, default=None)}
-    # Values are half of the weights.
-    dense = sum(2 * _bytes(tensors[f"{name}.weight"]) for name in layers)
-    weights = sum(2 * math.prod(tensors[f"{name}.weight"][1]) for name in layers)
+    # A byte of ids is of 8 weights, each of which would be stored dense as values or their scales are.
+    weights_of = {name: 8 * math.prod(tensors[f"{name}.weight_idx"][1]) for name in layers}
+    floats = {name: tensors.get(f"{name}.weight_scale", tensors[f"{name}.weight"])[0] for name in layers}
+    dense = sum(_bytes((floats[name], [count])) for name, count in weights_of.items())
+    weights = sum(weights_of.values())
+    values = config["quantization_config"].get("values", "dense")
     return {
         "pattern": "2:4",
         **_recorded(folder),
         "architecture": (config.get("architectures") or [None])[0],
         "layers": layers,
         "dense_layers": config["quantization_config"].get("modules_to_not_convert"),
+        "values": None if values == "dense" else values,
         "side_branch": {name: value for name, value in terms.items() if value is not None},
         "side_branch_bytes": branch_bytes or None,
         "file_bytes": folder_bytes(folder),

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from .bench import bench
 from .compress import compress
 from .demo import demo
 from .eval import evaluate
@@ -61,6 +62,7 @@ _add("train", train, context_settings=TRAIN_CONTEXT)
 _add("merge", merge)
 _add("compress", compress)
 _add("eval", evaluate)
+app.command("bench")(bench)
 _add("push", push)
 _add("pull", pull)
 _add("inspect", inspect)

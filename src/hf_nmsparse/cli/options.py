@@ -94,6 +94,13 @@ LengthOption = Annotated[
     ),
 ]
 
+CalibrationOption = Annotated[
+    str | None,
+    typer.Option("--calibration", metavar="TEXT", help=TEXT_HELP),
+]
+SamplesOption = Annotated[int, typer.Option("--samples", min=1, help="Calibration windows.")]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of the choice of windows.")]
+
 # --- answers --------------------------------------------------------------------------------------------------------
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="Check everything and say what would be done; write nothing.")

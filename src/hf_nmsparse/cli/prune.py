@@ -11,7 +11,7 @@ import typer
 from .common import verb
 from .folders import Kind, check_output
 from .options import (
-    TEXT_HELP,
+    CalibrationOption,
     DenseLayersOption,
     DeviceOption,
     DryRunOption,
@@ -22,6 +22,8 @@ from .options import (
     ModelArgument,
     OutputOption,
     OverwriteOption,
+    SamplesOption,
+    SeedOption,
     listed,
 )
 from .pruning_options import PruningOptions
@@ -86,12 +88,6 @@ BudgetOption = Annotated[
         help="Measure what pruning each layer does, and leave the worst dense, up to this share of the bytes: 10%.",
     ),
 ]
-CalibrationOption = Annotated[
-    str | None,
-    typer.Option("--calibration", metavar="TEXT", help=TEXT_HELP),
-]
-SamplesOption = Annotated[int, typer.Option("--samples", min=1, help="Calibration windows.")]
-SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of the choice of windows.")]
 MemoryOption = Annotated[
     str | None,
     typer.Option(

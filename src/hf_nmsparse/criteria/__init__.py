@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One-shot criteria, and the engine that walks a model block by block with one of them."""
 
+from .activation_scaling import ScalingReport, rounded_weight, search_input_scale, search_input_scales
 from .base import (
     BlockInputs,
     Choice,
@@ -37,6 +38,7 @@ __all__ = [
     "Magnitude",
     "Polish",
     "PruneReport",
+    "ScalingReport",
     "SensitivityReport",
     "SparseGPT",
     "SparseLLM",
@@ -56,6 +58,9 @@ __all__ = [
     "prune",
     "refit_weights",
     "register_criterion",
+    "rounded_weight",
+    "search_input_scale",
+    "search_input_scales",
     "sensitivity",
     "walk",
     "without_routers",

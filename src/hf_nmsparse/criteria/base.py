@@ -28,12 +28,14 @@ class InputStatistics:
         squared_norm (`torch.Tensor`): mean over tokens of `x_j^2`, float32 `[in]`.
         hessian (`torch.Tensor`, *optional*): mean over tokens of `x x^T`, float32 `[in, in]`, exactly symmetric.
         inputs (`torch.Tensor`, *optional*): the inputs themselves, `[tokens, in]` in the dtype of the model.
+        magnitude (`torch.Tensor`, *optional*): mean over tokens of `|x_j|`, float32 `[in]`; beside a Hessian.
     """
 
     tokens: int
     squared_norm: torch.Tensor
     hessian: torch.Tensor | None = None
     inputs: torch.Tensor | None = None
+    magnitude: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

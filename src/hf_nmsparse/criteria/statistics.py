@@ -32,6 +32,7 @@ class _Accumulator:
         self.tokens = 0
         self.square = torch.zeros(in_features, device=device)
         self.hessian = torch.zeros(in_features, in_features, device=device) if level >= 2 else None
+        self.magnitude = torch.zeros(in_features, device=device) if level >= 2 else None
         self.inputs: list[torch.Tensor] | None = [] if level >= 3 else None
         self.latest: weakref.ref[torch.Tensor] | None = None
 
@@ -45,18 +46,20 @@ class _Accumulator:
             x = x.float()
             self.square += x.square().sum(0)
             if self.hessian is not None:
+                self.magnitude += x.abs().sum(0)
                 for start in range(0, x.shape[1], HESSIAN_COLUMNS):  # the lower triangle, block-wise
                     columns = x[:, start : start + HESSIAN_COLUMNS]
                     self.hessian[start:, start : start + HESSIAN_COLUMNS].addmm_(x[:, start:].t(), columns)
 
     def finish(self) -> InputStatistics:
-        hessian = None
+        hessian = magnitude = None
         if self.hessian is not None:
+            magnitude = self.magnitude / self.tokens
             lower = self.hessian.tril_().div_(self.tokens)
             hessian = lower.add_(lower.tril(-1).t())
         inputs = torch.cat(self.inputs) if self.inputs is not None else None
         self.inputs = None
-        return InputStatistics(self.tokens, self.square / self.tokens, hessian, inputs)
+        return InputStatistics(self.tokens, self.square / self.tokens, hessian, inputs, magnitude)
 
 
 class StatisticsRecorder:
@@ -138,6 +141,13 @@ class StatisticsRecorder:
                     len(set(numbers.values())),
                 )
         return bool(self._watched)
+
+    def drop_unreached(self) -> list[str]:
+        """Forget the targets that no token has reached; returns their names."""
+        reached = {name for name, accumulator in self._accumulators.items() if accumulator.tokens}
+        dropped = [name for name in self.targets if name not in reached]
+        self.targets = {name: target for name, target in self.targets.items() if name in reached}
+        return dropped
 
     def finish(self) -> dict[str, InputStatistics]:
         """The statistics of each target; shared ones are the same object. The recorder is empty afterwards.

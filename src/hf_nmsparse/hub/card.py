@@ -297,6 +297,11 @@ def _changes(results: RunResults) -> list[str]:
             "Kept weights: fitted anew under the mask, to the outputs of the dense layers on the calibration text."
         ],
     }.get(results.kept_weights, [])
+    if results.values:
+        lines = [] if results.kept_weights == "keep" else lines
+        lines.append(
+            f"Kept weights are stored as {prose(results.values)}: rounded to the nearest, with a scale for each 128 inputs of a row."
+        )
     if results.permuted_layers:
         lines.append(
             f"Channels put into another order before pruning, which the model absorbs: {layer_counts(results.permuted_layers)}. "

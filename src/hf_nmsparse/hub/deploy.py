@@ -6,16 +6,20 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from .. import ops, packed
 from .._compat import forget_injected_adapters
 from ..adapter import NMSparseLayer, NMSparseLinear, mask_layers
+from ..criteria import Target, in_place, search_input_scales
 from ..errors import ConfigError, PatternError, UnsupportedError
 from ..pattern import NMPattern
 
@@ -23,7 +27,14 @@ logger = logging.getLogger(__name__)
 
 
 def compress(
-    model: nn.Module, masks: Mapping[str, torch.Tensor] | None = None, memory: str | None = None
+    model: nn.Module,
+    masks: Mapping[str, torch.Tensor] | None = None,
+    memory: str | None = None,
+    *,
+    values: str = "dense",
+    calibration: Any = None,
+    tokenizer: Any = None,
+    progress: bool = True,
 ) -> nn.Module:
     """Replace the pruned linear layers of a model by `SparseLinear24`, in place. On failure the model is as it was.
 
@@ -34,17 +45,27 @@ def compress(
             first).
         masks (`Mapping[str, torch.Tensor]`, *optional*): bool `[out, in]` by module name, for a plain model.
         memory (`str`, *optional*): "fast" or "low", see `SparseLinear24`.
+        values (`str`, defaults to `"dense"`): "int8" or "int4" round kept weights to the nearest, with a scale for each 128
+            inputs. They are frozen, and `decompress` gives them back as rounded.
+        calibration (*optional*), tokenizer (*optional*): as in `nms.prune`; for quantised values: inputs of each layer get the
+            factors with which rounding changes its outputs least, see `criteria.search_input_scales`. The masked model runs
+            once over this data. The largest thing that it holds besides is a float32 `[in, in]` for each input of a block.
+        progress (`bool`, defaults to `True`): show a progress bar of that where there is a terminal.
 
     Returns:
         the plain, unwrapped model, ready for `save_pretrained`.
 
     Raises:
         UnsupportedError: if a mask keeps more than 2 of 4, a layer cannot be packed, or other adapters are stacked on it.
-        ConfigError: if `masks` are given for a model that has adapters.
+        ConfigError: if `masks` are given for a model that has adapters, or calibration data for values that are not quantised.
     """
+    if calibration is not None and values == "dense":
+        raise ConfigError("calibration serves quantised values; pass values='int8' or 'int4', or no calibration")
+    search = partial(search_input_scales, kind=values, calibration=calibration, tokenizer=tokenizer, progress=progress)
     layers = mask_layers(model)
     if not layers:
-        return packed.compress(model, masks, memory)
+        scales = None if calibration is None else _scales_of_plain(model, masks, values, search)
+        return packed.compress(model, masks, memory, values=values, input_scales=scales)
     if masks is not None:
         raise ConfigError("the model carries mask adapters, whose masks are used; do not pass masks as well")
     _refuse_stacked(model)
@@ -60,15 +81,43 @@ def compress(
     kept = {name: _checked_mask(name, layer) for name, layer in linear.items()}
     branches = {name: branch for name, layer in linear.items() if (branch := _detached_branch(layer)) is not None}
     with _base_layers_in_place(model, linear) as plain:
-        packed.check_compress(plain, kept, branches)
+        packable = packed.check_compress(plain, kept, branches, values)
+    scales = None
+    if calibration is not None:
+        plain = model.get_base_model() if isinstance(model, PeftModel) else model
+        scales = search(plain, [_observed(name, linear[name]) for name in packable])
     if experts := sorted(set(active) - set(linear)):
         logger.warning("%d fused expert weights stay dense with zeros, first %s", len(experts), experts[0])
-    return packed.compress(_unload_masked(model, active), kept, memory, branches)
+    plain = _unload_masked(model, active)
+    return packed.compress(plain, kept, memory, branches, values=values, input_scales=scales)
 
 
 def decompress(model: nn.Module) -> nn.Module:
     """Turn the packed layers of a model back into plain `nn.Linear`s with zeros, in place."""
     return packed.decompress(model)
+
+
+def _scales_of_plain(
+    model: nn.Module,
+    masks: Mapping[str, torch.Tensor] | None,
+    values: str,
+    search: Callable[..., dict[str, torch.Tensor]],
+) -> dict[str, torch.Tensor]:
+    """Input scales of the layers of a model without adapters."""
+    _refuse_stacked(model)
+    packable = packed.check_compress(model, masks, values=values)
+    modules = {name: model.get_submodule(name) for name in (packable if masks is None else masks)}
+    targets = [
+        in_place(name, module, view=torch.t if isinstance(module, Conv1D) else torch.Tensor.detach)
+        for name, module in modules.items()
+    ]
+    # Layers that a mask leaves dense with zeros compute under it too, but get no scale.
+    return {name: scale for name, scale in search(model, targets, masks=masks).items() if name in packable}
+
+
+def _observed(name: str, layer: NMSparseLinear) -> Target:
+    """A layer under masks as the search for input scales sees it: it computes with them already, and nothing is chosen."""
+    return Target(name, layer, lambda choice: None, computed=lambda: layer.hard_weight(layer.adapters_in_use()))
 
 
 def _checked_mask(name: str, layer: NMSparseLayer) -> torch.Tensor:

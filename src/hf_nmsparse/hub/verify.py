@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -20,7 +21,7 @@ from .. import ops
 from ..adapter import linear_and_expert_weights, mask_layers
 from ..errors import ConfigError, FormatError
 from ..packed import SparseLinear24
-from ..packed.checkpoint import check_packed_files, check_slorb_block
+from ..packed.checkpoint import check_packed_files, check_slorb_block, check_values
 from ..pattern import NMPattern, Pattern, parse_pattern
 from ..results import RunResults
 from .mask_file import read_mask
@@ -116,7 +117,7 @@ def verify(
         raise FormatError(f"{config} is no model config ({error}); fetch it again") from error
     layouts = _layouts(config, content)
     if quantization.get("quant_method") == "nmsparse":
-        return _verify_packed(files, quantization.get("slorb_block"), layouts)
+        return _verify_packed(files, quantization, layouts)
     pattern = parse_pattern(pattern or _recorded_pattern(folder) or "2:4")
     return _counted(VerifyReport("masked model", str(pattern)), _weights(files, layouts), pattern)
 
@@ -144,14 +145,17 @@ def _verify_mask(folder: Path) -> VerifyReport:
     return report
 
 
-def _verify_packed(files: list[str], slorb_block: int | None, layouts: Mapping[str, bool]) -> VerifyReport:
+def _verify_packed(files: list[str], config: Mapping[str, Any], layouts: Mapping[str, bool]) -> VerifyReport:
     packed = check_packed_files(files)
-    check_slorb_block(packed, slorb_block)
+    check_slorb_block(packed, config.get("slorb_block"))
+    check_values(packed, config.get("values", "dense"))
     # What is not packed may be masked all the same: fused experts, and layers whose width is no multiple of 8.
     others = ((name, weight) for name, weight in _weights(files, layouts) if name not in packed)
     report = _counted(VerifyReport("packed model", "2:4"), others, NMPattern(2, 4))
     for name, values in _weights(files, {}):
         if name in packed:
+            if packed[name].values == "int4":
+                values = ops.unpack_nibbles(values)
             groups = values.numel() // 2
             under = int((values.view(values.shape[0], -1, 2) == 0).any(-1).sum())
             report.layers[name] = ops.GroupCounts(groups, 0, under)

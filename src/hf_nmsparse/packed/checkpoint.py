@@ -15,17 +15,19 @@ from .. import ops
 from ..errors import FormatError
 from ..fingerprint import digest, to_hex
 from .branch import BRANCH_LEAVES, num_blocks
-from .config import FORMAT_VERSION, check_format_version
+from .config import check_format_version, version_of
+from .weights import SCALE_LEAVES, num_scales
 
 VERSION_KEY = "nmsparse.format_version"
 DIGEST_KEY = "nmsparse.digest."
 _FLOATS = ("F16", "BF16", "F32", "F64")
+_QUANTISED = {"I8": "int8", "U8": "int4"}
 _READERS = 4  # hashing releases the GIL; more threads than this wait for the disk
 
 
-def header_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+def header_of(tensors: Mapping[str, torch.Tensor], values: str = "dense") -> dict[str, str]:
     """Safetensors metadata for packed tensors under their names in the file: format version, digest of each."""
-    header = {VERSION_KEY: str(FORMAT_VERSION)}
+    header = {VERSION_KEY: str(version_of(values))}
     header.update({DIGEST_KEY + name: to_hex(digest(tensor)) for name, tensor in tensors.items()})
     return header
 
@@ -35,6 +37,7 @@ class _File:
     path: str
     handle: object
     metadata: dict[str, str]
+    version: int | None
 
 
 @dataclass(frozen=True)
@@ -43,13 +46,15 @@ class StoredLayer:
 
     Args:
         in_features (`int`): of its dense weight.
-        leaves (`tuple[str, ...]`): its packed tensors: weight, weight_idx and those of its side branch.
+        leaves (`tuple[str, ...]`): its packed tensors: weight, weight_idx, scales and those of its side branch.
+        values (`str`): how its kept weights are stored.
         slorb_width (`int`, *optional*): columns of its SLoRB tensor.
         low_rank (`int`, *optional*): rank of its low-rank term.
     """
 
     in_features: int
     leaves: tuple[str, ...]
+    values: str = "dense"
     slorb_width: int | None = None
     low_rank: int | None = None
 
@@ -57,6 +62,11 @@ class StoredLayer:
     def has_branch(self) -> bool:
         """Whether the layer has a side branch."""
         return self.slorb_width is not None or self.low_rank is not None
+
+    @property
+    def has_input_scale(self) -> bool:
+        """Whether the layer has a factor of each input."""
+        return "weight_input_scale" in self.leaves
 
 
 def check_packed_files(files: Iterable[str], check_digests: bool = True) -> dict[str, StoredLayer]:
@@ -81,10 +91,24 @@ def check_packed_files(files: Iterable[str], check_digests: bool = True) -> dict
                 f"no packed tensors (*.weight_idx) in {', '.join(map(str, files))}, though the config says the model is "
                 "packed; remove quantization_config from config.json if the weights are dense"
             )
-        _refuse_stray_branches(where, layers)
+        _refuse_strays(where, layers)
         with ThreadPoolExecutor(_READERS) as pool:
             return dict(
                 zip(layers, pool.map(lambda layer: _check_layer(layer, where, check_digests), layers), strict=True)
+            )
+
+
+def check_values(layers: Mapping[str, StoredLayer], values: str) -> None:
+    """Compare how values are stored with what the config says.
+
+    Raises:
+        FormatError: naming the layer.
+    """
+    for name, layer in layers.items():
+        if layer.values != values:
+            raise FormatError(
+                f"{name}.weight holds {layer.values} values, but quantization_config says {values!r}; config.json and the "
+                "weights do not belong together"
             )
 
 
@@ -117,15 +141,17 @@ def _open(stack: ExitStack, path: str) -> _File:
     metadata = handle.metadata() or {}
     version = metadata.get(VERSION_KEY)
     if version is not None:
-        check_format_version(int(version) if version.isdecimal() else version, str(path))
-    return _File(str(path), handle, metadata)
+        version = int(version) if version.isdecimal() else version
+        check_format_version(version, str(path))
+    return _File(str(path), handle, metadata, version)
 
 
-def _refuse_stray_branches(where: Mapping[str, _File], layers: Iterable[str]) -> None:
-    """A branch tensor beside a dense layer would be left out of the model without an error."""
-    owners = {f"{layer}.{leaf}" for layer in layers for leaf in BRANCH_LEAVES}
+def _refuse_strays(where: Mapping[str, _File], layers: Iterable[str]) -> None:
+    """A scale or branch tensor beside a dense layer would be left out of the model without an error."""
+    leaves = (*SCALE_LEAVES, *BRANCH_LEAVES)
+    owners = {f"{layer}.{leaf}" for layer in layers for leaf in leaves}
     for name in where:
-        if name.rpartition(".")[2] in BRANCH_LEAVES and name not in owners:
+        if name.rpartition(".")[2] in leaves and name not in owners:
             raise FormatError(f"{name} lies beside no packed layer; fetch all files of the checkpoint again")
 
 
@@ -135,13 +161,23 @@ def _check_layer(layer: str, where: Mapping[str, _File], check_digests: bool) ->
         raise FormatError(
             f"{values_name} is missing though {ids_name} is there; fetch all files of the checkpoint again"
         )
-    values_shape, (ids_shape, ids_dtype) = _floats(values_name, where), _shape_and_dtype(ids_name, where)
-    if ids_dtype != "U8" or len(ids_shape) != 2 or values_shape != [ids_shape[0], 4 * ids_shape[1]]:
+    kind, values_shape = _kind_of_values(layer, where)
+    if (version := where[values_name].version) not in (None, version_of(kind)):
+        raise FormatError(
+            f"{values_name}: {kind} values in {where[values_name].path}, whose header says format version {version}; the file "
+            "is damaged, fetch it again"
+        )
+    ids_shape, ids_dtype = _shape_and_dtype(ids_name, where)
+    per_byte = 2 if kind == "int4" else 4  # bytes or values of the weight beside a byte of ids
+    if ids_dtype != "U8" or len(ids_shape) != 2 or values_shape != [ids_shape[0], per_byte * ids_shape[1]]:
         raise FormatError(
             f"{ids_name}: {ids_dtype} {ids_shape} does not fit {values_name} {values_shape}; expected U8 [out, in/8] "
-            "beside [out, in/2]"
+            f"beside [out, in/{8 // per_byte}]"
         )
-    stored = _check_branch(layer, where, values_shape[0], 2 * values_shape[1])
+    out_features, in_features = ids_shape[0], 8 * ids_shape[1]
+    scales = _check_scales(layer, where, kind, out_features, in_features)
+    width, rank, branch = _check_branch(layer, where, out_features, in_features)
+    stored = StoredLayer(in_features, ("weight", "weight_idx", *scales, *branch), kind, width, rank)
     if check_digests:
         for leaf in stored.leaves:
             _check_digest(f"{layer}.{leaf}", where[f"{layer}.{leaf}"])
@@ -149,7 +185,42 @@ def _check_layer(layer: str, where: Mapping[str, _File], check_digests: bool) ->
     return stored
 
 
-def _check_branch(layer: str, where: Mapping[str, _File], out_features: int, in_features: int) -> StoredLayer:
+def _kind_of_values(layer: str, where: Mapping[str, _File]) -> tuple[str, list[int]]:
+    """How the values of a layer are stored, and their shape. Every byte is a value, those that are never written too."""
+    name = f"{layer}.weight"
+    if f"{layer}.weight_scale" not in where:
+        if f"{layer}.weight_input_scale" in where:
+            raise FormatError(
+                f"{layer}.weight_scale is missing though weight_input_scale is there; fetch all files again"
+            )
+        return "dense", _floats(name, where)
+    shape, dtype = _shape_and_dtype(name, where)
+    if dtype not in _QUANTISED:
+        raise FormatError(f"{name}: dtype {dtype} beside weight_scale; expected one of {', '.join(_QUANTISED)}")
+    return _QUANTISED[dtype], shape
+
+
+def _check_scales(layer: str, where: Mapping[str, _File], kind: str, out_features: int, in_features: int) -> list[str]:
+    """Names of the scales of a layer, all of them read and found finite and not below 0."""
+    if kind == "dense":
+        return []
+    expected = {"weight_scale": (out_features, num_scales(in_features)), "weight_input_scale": (in_features,)}
+    found = [leaf for leaf in SCALE_LEAVES if f"{layer}.{leaf}" in where]
+    for leaf in found:
+        name = f"{layer}.{leaf}"
+        _floats(name, where, *expected[leaf])
+        scale = where[name].handle.get_tensor(name)
+        if not bool((scale.isfinite() & (scale >= 0)).all()):
+            raise FormatError(
+                f"{name}: a scale is not finite, or below 0; the file is damaged, fetch or write it again"
+            )
+    return found
+
+
+def _check_branch(
+    layer: str, where: Mapping[str, _File], out_features: int, in_features: int
+) -> tuple[int | None, int | None, list[str]]:
+    """Columns of the SLoRB tensor, rank of the low-rank term, and names of the branch's tensors."""
     slorb, low_rank_a, low_rank_b = (f"{layer}.{leaf}" for leaf in BRANCH_LEAVES)
     width = rank = None
     if slorb in where:
@@ -160,8 +231,7 @@ def _check_branch(layer: str, where: Mapping[str, _File], out_features: int, in_
     if low_rank_a in where:
         rank = _floats(low_rank_a, where, None, in_features)[0]
         _floats(low_rank_b, where, out_features, rank)
-    leaves = [leaf for leaf in BRANCH_LEAVES if f"{layer}.{leaf}" in where]
-    return StoredLayer(in_features, ("weight", "weight_idx", *leaves), width, rank)
+    return width, rank, [leaf for leaf in BRANCH_LEAVES if f"{layer}.{leaf}" in where]
 
 
 def _shape_and_dtype(name: str, where: Mapping[str, _File]) -> tuple[list[int], str]:

@@ -14,11 +14,12 @@ from transformers import PreTrainedModel
 from .. import ops
 from ..errors import ConfigError, PatternError, UnsupportedError
 from ..ops import SideBranch
-from .branch import BRANCH_LEAVES, check_branch, common_slorb_block, slorb_block_of
+from .branch import check_branch, common_slorb_block, slorb_block_of
 from .config import QUANT_METHOD, PackedConfig
 from .layers import TIED, dense_weight, linear_layers, log_dense, replace_modules, unpackable_layers
-from .modules import PATTERN, SparseLinear24
+from .modules import SparseLinear24
 from .quantizer import PackedQuantizer, packed_layers, unpack_layers
+from .weights import PACKED_LEAVES, PATTERN, check_input_scale, check_value_kind
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,9 @@ def compress(
     masks: Mapping[str, torch.Tensor] | None = None,
     memory: str | None = None,
     branches: Mapping[str, SideBranch] | None = None,
+    *,
+    values: str = "dense",
+    input_scales: Mapping[str, torch.Tensor] | None = None,
 ) -> nn.Module:
     """Pack the 2:4 linear layers of a model, in place; `save_pretrained` and `push_to_hub` then store it packed.
 
@@ -43,21 +47,34 @@ def compress(
         memory (`str`, *optional*): "fast" or "low", see `SparseLinear24`.
         branches (`Mapping[str, SideBranch]`, *optional*): layer name -> what the layer adds beside its sparse weight,
             kept as a side branch. Where the layer cannot be packed it is folded into the dense weight, and logged.
+        values (`str`, defaults to `"dense"`): "int8" or "int4": kept weights are rounded to the nearest, with a scale for
+            each 128 inputs in the dtype of the layer; they are frozen.
+        input_scales (`Mapping[str, torch.Tensor]`, *optional*): layer name -> `[in]`, for quantised values: a factor of each
+            input, by which weights are divided before they are rounded.
 
     Returns:
         the same model.
 
     Raises:
         UnsupportedError: if no layer is 2:4, a mask or branch is for a tied weight, SLoRB blocks differ, or the model
-            carries an adapter, is quantised otherwise, or is not loaded.
-        ConfigError: if a mask or branch names no plain linear layer, or a branch a layer without mask.
-        PatternError: if a mask has another shape than the weight, or a branch does not fit it.
+            carries an adapter, is quantised otherwise (also packed with other `values`), or is not loaded.
+        ConfigError: if a mask or branch names no plain linear layer, a branch a layer without mask, an input scale a layer
+            that is not packed, or for other `values`.
+        PatternError: if a mask has another shape than the weight, or a branch or an input scale does not fit it.
     """
     _refuse_adapters(model)
     work = _planned(model, masks, branches or {})
-    branches = work.branches
+    branches, input_scales = work.branches, input_scales or {}
+    _check_values(model, work, values, input_scales)
     packed = {
-        name: SparseLinear24.from_linear(work.layers[name], work.masks[name](), memory, branches.get(name))
+        name: SparseLinear24.from_linear(
+            work.layers[name],
+            work.masks[name](),
+            memory,
+            branches.get(name),
+            values=values,
+            input_scale=input_scales.get(name),
+        )
         for name in work.packable
     }
     if masks is not None:
@@ -68,10 +85,11 @@ def compress(
     for name in work.left_dense:
         _settle_dense(work.layers[name], work.masks[name], branches.get(name), masked=masks is not None)
     if isinstance(model, PreTrainedModel):
-        _attach_config(model, work.slorb_block)
+        _attach_config(model, work.slorb_block, values)
     logger.info(
-        "packed %d linear layers (%d groups completed), %d stay dense",
+        "packed %d linear layers (%s values, %d groups completed), %d stay dense",
         len(packed),
+        values,
         sum(work.packable.values()),
         len(linear_layers(model)),
     )
@@ -79,10 +97,19 @@ def compress(
 
 
 def check_compress(
-    model: nn.Module, masks: Mapping[str, torch.Tensor], branches: Mapping[str, SideBranch] | None = None
-) -> None:
-    """Raise what `compress` would raise for this model; other adapters on it are not looked at."""
-    _planned(model, masks, branches or {})
+    model: nn.Module,
+    masks: Mapping[str, torch.Tensor] | None,
+    branches: Mapping[str, SideBranch] | None = None,
+    values: str = "dense",
+) -> list[str]:
+    """Raise what `compress` would raise for this model; other adapters on it are not looked at.
+
+    Returns:
+        names of the layers that it would pack.
+    """
+    work = _planned(model, masks, branches or {})
+    _check_values(model, work, values, {})
+    return list(work.packable)
 
 
 @dataclass(frozen=True)
@@ -129,8 +156,8 @@ def _planned(
 def decompress(model: nn.Module) -> nn.Module:
     """Swap packed layers for the plain ones they were, zeros in place; the inverse of `compress` on a masked model.
 
-    Layers with a side branch become dense, and one warning says how many. Also under a PEFT wrapper, where the adapter
-    can be merged afterwards.
+    Quantised values stay as they were rounded, in the dtype of their scales. Layers with a side branch become dense, and one
+    warning says how many. Also under a PEFT wrapper, where the adapter can be merged afterwards.
     """
     unpack_layers(model)
     for module in model.modules():
@@ -145,8 +172,8 @@ class PackedSizes:
 
     Args:
         layers (`int`): packed layers.
-        packed (`int`): bytes of values and ids, and of side branches.
-        dense (`int`): bytes of the same weights dense, in the dtype of each layer.
+        packed (`int`): bytes of values, ids and scales, and of side branches.
+        dense (`int`): bytes of the same weights dense, in the dtype in which each layer computes.
         dense_bf16 (`int`): the same in bfloat16.
     """
 
@@ -157,7 +184,8 @@ class PackedSizes:
 
     @property
     def ratio(self) -> float | None:
-        """Packed over dense bytes in the layers' own dtype: 0.5625 for 16-bit values without side branches.
+        """Packed over dense bytes in the layers' own dtype: 0.5625 for 16-bit values without side branches, about
+        0.32 for int8 and 0.2 for int4.
 
         `None` without packed layers.
         """
@@ -171,13 +199,13 @@ def packed_sizes(model: nn.Module) -> PackedSizes:
     return PackedSizes(
         layers=len(layers),
         packed=sum(tensor.numel() * tensor.element_size() for layer in layers for tensor in _packed_tensors(layer)),
-        dense=sum(count * layer.weight.element_size() for count, layer in zip(weights, layers, strict=True)),
+        dense=sum(count * layer.weight24.dtype.itemsize for count, layer in zip(weights, layers, strict=True)),
         dense_bf16=2 * sum(weights),
     )
 
 
 def _packed_tensors(layer: SparseLinear24) -> list[torch.Tensor]:
-    tensors = [getattr(layer, leaf) for leaf in ("weight", "weight_idx", *BRANCH_LEAVES)]
+    tensors = [getattr(layer, leaf) for leaf in PACKED_LEAVES]
     return [tensor for tensor in tensors if tensor is not None]
 
 
@@ -227,6 +255,20 @@ def _checked_masks(
     return {name: lambda name=name, mask=mask: mask.to(layers[name].weight.device) for name, mask in masks.items()}
 
 
+def _check_values(model: nn.Module, work: _Planned, values: str, input_scales: Mapping[str, torch.Tensor]) -> None:
+    check_value_kind(values)
+    if others := [name for name, layer in packed_layers(model) if layer.values != values]:
+        kind = model.get_submodule(others[0]).values
+        raise UnsupportedError(
+            f"{others[0]} is packed with {kind} values, and a model stores one kind; call decompress first, or pass "
+            f"values={kind!r}"
+        )
+    for name, input_scale in input_scales.items():
+        if name not in work.packable:
+            raise ConfigError(f"input_scales: {name!r} names no layer that is packed; check the name")
+        check_input_scale(name, input_scale, dense_weight(work.layers[name]).shape, values)
+
+
 def _check_branches(
     branches: Mapping[str, SideBranch],
     layers: Mapping[str, nn.Module],
@@ -272,8 +314,8 @@ def _settle_dense(layer: nn.Module, mask: Callable[[], torch.Tensor], branch: Si
         weight.copy_(branch.added_to(weight))
 
 
-def _attach_config(model: PreTrainedModel, slorb_block: int | None) -> None:
-    config = PackedConfig(modules_to_not_convert=sorted(linear_layers(model)), slorb_block=slorb_block)
+def _attach_config(model: PreTrainedModel, slorb_block: int | None, values: str) -> None:
+    config = PackedConfig(modules_to_not_convert=sorted(linear_layers(model)), values=values, slorb_block=slorb_block)
     model.config.quantization_config = config
     model.hf_quantizer = PackedQuantizer(config, pre_quantized=True)
     model.is_quantized = True

@@ -10,10 +10,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import ConfigError, FormatError
 from ..pattern import NMPattern
-from .modules import MEMORY_MODES, PATTERN
+from .modules import MEMORY_MODES
+from .weights import PATTERN, check_value_kind
 
 QUANT_METHOD = "nmsparse"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # the newest one that is read
 _MASK_ATTRIBUTES = ("mask", "revision", "task", "allow_base_mismatch")
 _LOADING_ATTRIBUTES = ("dequantize", "memory", "check_digests", *_MASK_ATTRIBUTES)
 
@@ -30,8 +31,9 @@ class PackedConfig(QuantizationConfigMixin):
         modules_to_not_convert (`list[str]`, *optional*): linear layers that stay dense. For pruning while loading: names,
             prefixes, suffixes or regular expressions, beside output head and tied weights, which always stay dense. In
             a stored config: the full name of each dense linear layer.
-        format_version (`int`, defaults to 1): of the packed tensors (docs/FORMAT.md).
-        values (`str`, defaults to `"dense"`): how kept weights are stored; "dense": in the dtype of the model.
+        format_version (`int`, *optional*): of the packed tensors (docs/FORMAT.md); it follows from `values`.
+        values (`str`, defaults to `"dense"`): how kept weights are stored; "dense": in the dtype of the model; "int8" or
+            "int4": whole numbers with a scale for each 128 inputs, to which a dense checkpoint is rounded while loading.
         slorb_block (`int`, *optional*): inputs per block of the SLoRB terms beside the masks; stored where there are any.
         dequantize (`bool`, defaults to `False`): loading attribute, never stored: load as plain dense layers.
         memory (`str`, *optional*): loading attribute: "fast" or "low", see `SparseLinear24`.
@@ -45,15 +47,15 @@ class PackedConfig(QuantizationConfigMixin):
             the mask was made for.
 
     Raises:
-        FormatError: if `format_version` or `values` is of a later version.
-        ConfigError: on another wrong value, or an unknown field: a field that may be ignored does not exist in version 1.
+        FormatError: if `format_version` is of a later version, or not the one of such values.
+        ConfigError: on another wrong value, or an unknown field: a field that may be ignored does not exist.
     """
 
     def __init__(
         self,
         pattern: str = "2:4",
         modules_to_not_convert: list[str] | None = None,
-        format_version: int = FORMAT_VERSION,
+        format_version: int | None = None,
         values: str = "dense",
         slorb_block: int | None = None,
         *,
@@ -68,15 +70,20 @@ class PackedConfig(QuantizationConfigMixin):
         **unknown: Any,
     ) -> None:
         # First: in a file of a later version every other field may be strange.
-        check_format_version(format_version, "quantization_config")
+        if format_version is not None:
+            check_format_version(format_version, "quantization_config")
         if unknown:
             raise ConfigError(
                 f"PackedConfig: unknown fields {sorted(unknown)}; check their spelling or upgrade hf-nmsparse"
             )
         if quant_method != QUANT_METHOD:
             raise ConfigError(f"PackedConfig: quant_method={quant_method!r}, expected {QUANT_METHOD!r}")
-        if values != "dense":
-            raise FormatError(f"PackedConfig: values={values!r}, this version knows 'dense'; upgrade hf-nmsparse")
+        check_value_kind(values)
+        if format_version not in (None, version_of(values)):
+            raise FormatError(
+                f"quantization_config: format_version={format_version} with values={values!r}, which are of version "
+                f"{version_of(values)}; the file is damaged"
+            )
         if str(NMPattern(pattern)) != str(PATTERN):
             raise ConfigError(f"PackedConfig: pattern={pattern!r}; the packed form is '2:4', 1:4 packs as 2:4 too")
         if memory is not None and memory not in MEMORY_MODES:
@@ -96,7 +103,7 @@ class PackedConfig(QuantizationConfigMixin):
         self.quant_method = quant_method
         self.pattern = str(PATTERN)
         self.modules_to_not_convert = _names(modules_to_not_convert)
-        self.format_version = format_version
+        self.format_version = version_of(values)
         self.values = values
         self.slorb_block = slorb_block
         self.dequantize = dequantize
@@ -117,6 +124,11 @@ class PackedConfig(QuantizationConfigMixin):
         if stored["slorb_block"] is None:  # most models have no SLoRB, and readers before it knew no such field
             del stored["slorb_block"]
         return stored
+
+
+def version_of(values: str) -> int:
+    """The format version of such values: quantised ones came with version 2, all else is as in version 1."""
+    return 1 if values == "dense" else 2
 
 
 def check_format_version(version: object, where: str) -> None:

@@ -15,12 +15,13 @@ from .. import ops
 from ..ops import SideBranch
 from .branch import BRANCH_LEAVES, branch_tensors
 from .layers import is_conv1d
-from .modules import PATTERN, SparseLinear24, pack_masked
+from .modules import SparseLinear24
 from .stored_mask import MaskOnLoad
+from .weights import PATTERN, WEIGHT_LEAVES, pack_masked, weight_tensors
 
 
 class PruneAndPack(ConversionOps):
-    """Dense weight -> values and ids of its magnitude 2:4 mask. Sees the weight in the dtype of the model."""
+    """Dense weight -> packed tensors of its magnitude 2:4 mask. Sees the weight in the dtype of the model."""
 
     def convert(self, input_dict: dict[str, Any], model: PreTrainedModel, **kwargs: Any) -> dict[str, torch.Tensor]:
         converted = {}
@@ -28,14 +29,14 @@ class PruneAndPack(ConversionOps):
             layer = _layer_of(model, name)
             if isinstance(layer, SparseLinear24):
                 rows = _as_rows(weight, layer)
-                converted[name], converted[f"{name}_idx"] = ops.pack_24(rows, ops.top_n_mask(rows.abs(), PATTERN))
+                converted |= _packed(name, rows, ops.top_n_mask(rows.abs(), PATTERN), layer)
             else:
                 converted[name] = weight
         return converted
 
 
 class MaskAndPack(ConversionOps):
-    """Dense weight -> values, ids and side branch by a published mask; dense with zeros where it cannot be packed."""
+    """Dense weight -> packed tensors and side branch by a published mask; dense with zeros where it cannot be packed."""
 
     def __init__(self, mask_on_load: MaskOnLoad) -> None:
         self.mask_on_load = mask_on_load
@@ -56,9 +57,8 @@ class MaskAndPack(ConversionOps):
         if not packable:
             masked = rows.masked_fill(~keep, 0)
             return {name: _as_stored(masked if branch is None else branch.added_to(masked), layer)}
-        values, ids = pack_masked(rows, keep)
-        beside = {f"{path}.{leaf}": tensor.to(values).contiguous() for leaf, tensor in branch_tensors(branch).items()}
-        return {name: values, f"{name}_idx": ids, **beside}
+        beside = {f"{path}.{leaf}": tensor.to(rows).contiguous() for leaf, tensor in branch_tensors(branch).items()}
+        return _packed(name, rows, keep, layer) | beside
 
 
 class Unpack(ConversionOps):
@@ -74,11 +74,17 @@ class Unpack(ConversionOps):
         found = dict(_single_tensors(input_dict))
         if "weight_idx" not in found:
             return {full_layer_name: found["weight"]}
-        weight = ops.unpack_24(found["weight"], found["weight_idx"])
+        weight = ops.Weight24(*(found.get(leaf) for leaf in WEIGHT_LEAVES)).dense()
         if any(leaf in found for leaf in BRANCH_LEAVES):
             slorb, low_rank_a, low_rank_b = (found.get(leaf) for leaf in BRANCH_LEAVES)
             weight = SideBranch(slorb, self.slorb_block, low_rank_a, low_rank_b).added_to(weight)
         return {full_layer_name: _as_stored(weight, _layer_of(model, full_layer_name))}
+
+
+def _packed(name: str, rows: torch.Tensor, keep: torch.Tensor, layer: SparseLinear24) -> dict[str, torch.Tensor]:
+    """The packed tensors of the weight `name`, by their names in the model."""
+    weight = pack_masked(rows, keep, layer.values)
+    return {name.removesuffix("weight") + leaf: tensor for leaf, tensor in weight_tensors(weight).items()}
 
 
 def _single_tensors(input_dict: dict[str, Any]) -> list[tuple[str, torch.Tensor]]:

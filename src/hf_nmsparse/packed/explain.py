@@ -48,12 +48,14 @@ def explain(module: nn.Module, tokens: int = 1) -> Explanation:
     resident = sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
     backend = "dense"
     if isinstance(module, SparseLinear24):
-        if module._may_keep_dense():
-            backend = "dense, unpacked once"
-            resident += module.in_features * module.out_features * module.weight.element_size()
-        else:
-            chosen = ops.linear_24_backend(module.weight, tokens)
-            backend = f"{chosen.name}, unpacked each call" if chosen.name == "reference" else chosen.name
+        weight = module.weight24
+        call = ops.Call24(
+            module.weight.device, weight.dtype, weight.kind, module.out_features, module.in_features, tokens
+        )
+        chosen = ops.choose_kernel(call, dense_at_hand=module._may_keep_dense(weight))
+        backend = "dense, unpacked once" if chosen is None else chosen.name
+        if chosen is None:
+            resident += module.in_features * module.out_features * weight.dtype.itemsize
     weight = module.weight
     dtype = str(weight.dtype).removeprefix("torch.")
     return Explanation(type(module).__name__, backend, str(weight.device), dtype, tokens, resident)

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import weakref
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -13,11 +11,10 @@ from transformers.pytorch_utils import Conv1D
 from .. import ops
 from ..errors import ConfigError, PatternError
 from ..ops import SideBranch
-from ..pattern import NMPattern
 from .branch import branch_tensors, check_branch, num_blocks, rank_of, slorb_block_of
 from .layers import dense_weight, is_conv1d
+from .weights import PATTERN, check_input_scale, check_value_kind, num_scales, pack_masked, weight_tensors
 
-PATTERN = NMPattern(2, 4)
 MEMORY_MODES = ("fast", "low")
 _FIRST_TWO_OF_EACH_GROUP = 0b01_00_01_00
 
@@ -44,18 +41,24 @@ class SparseLinear24(nn.Linear):
         memory (`str`, *optional*): "fast" or "low" (unpack at each call); `None`: "fast" on the CPU, "low" elsewhere.
         slorb_block (`int`, *optional*): k, inputs per block of a SLoRB term beside the weight.
         low_rank (`int`, *optional*): r, rank of a low-rank term beside the weight.
+        values (`str`, defaults to `"dense"`): how kept weights are held: "dense", "int8" or "int4".
+        input_scale (`bool`, defaults to `False`): whether quantised values come with a factor of each input.
         conv1d (`bool`, defaults to `False`): whether its dense form is a `Conv1D` of Transformers.
 
     Attributes:
-        weight: kept values, `[out, in/2]`, dtype of the layer.
+        weight: kept values, `[out, in/2]`, dtype of the layer; int8 `[out, in/2]`, or two of 4 bits a byte, uint8
+            `[out, in/4]`, without gradients.
         weight_idx: uint8 `[out, in/8]`, four 2-bit column ids a byte, low bits first, ascending in a group; no gradient.
             (`module.requires_grad_(True)` on a whole model fails on it: loop over the floating point parameters.)
+        weight_scale: of quantised values, `[out, ceil(in/128)]`, dtype of the layer; no gradient. Else `None`.
+        weight_input_scale: a factor of each input, `[in]`, or `None`; no gradient.
         weight_slorb: `[out, ceil(in/k)]` or `None`.
         weight_low_rank_a, weight_low_rank_b: `[r, in]` and `[out, r]`, or `None`.
         bias: `[out]` or `None`.
 
     Raises:
         PatternError: if in_features is no multiple of 8.
+        ConfigError: for another kind of `values` or `memory`, or an input scale of values that are not quantised.
     """
 
     def __init__(
@@ -69,20 +72,35 @@ class SparseLinear24(nn.Linear):
         *,
         slorb_block: int | None = None,
         low_rank: int | None = None,
+        values: str = "dense",
+        input_scale: bool = False,
         conv1d: bool = False,
     ) -> None:
         nn.Module.__init__(self)
+        check_value_kind(values)
+        if input_scale and values == "dense":
+            raise ConfigError("input_scale=True serves quantised values; pass values='int8' or 'int4'")
         if in_features % 8:
             raise PatternError(f"in_features={in_features} is no multiple of 8; such a layer cannot be packed")
 
         def empty(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
+        def frozen(*shape: int, dtype: torch.dtype | None = dtype) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=False)
+
         self.in_features, self.out_features = in_features, out_features
-        self.slorb_block, self.low_rank, self.conv1d = slorb_block, low_rank, conv1d
-        self.weight = empty(out_features, in_features // 2)
-        ids = torch.empty(out_features, in_features // 8, device=device, dtype=torch.uint8)
-        self.weight_idx = nn.Parameter(ids, requires_grad=False)
+        self.slorb_block, self.low_rank, self.conv1d, self.values = slorb_block, low_rank, conv1d, values
+        if values == "dense":
+            self.weight = empty(out_features, in_features // 2)
+        elif values == "int8":
+            self.weight = frozen(out_features, in_features // 2, dtype=torch.int8)
+        else:
+            self.weight = frozen(out_features, in_features // 4, dtype=torch.uint8)
+        self.weight_idx = frozen(out_features, in_features // 8, dtype=torch.uint8)
+        scale = None if values == "dense" else frozen(out_features, num_scales(in_features))
+        self.register_parameter("weight_scale", scale)
+        self.register_parameter("weight_input_scale", frozen(in_features) if input_scale else None)
         blocks = None if slorb_block is None else num_blocks(in_features, slorb_block)
         self.register_parameter("weight_slorb", None if blocks is None else empty(out_features, blocks))
         self.register_parameter("weight_low_rank_a", None if low_rank is None else empty(low_rank, in_features))
@@ -100,7 +118,22 @@ class SparseLinear24(nn.Linear):
                     getattr(self, leaf).zero_()
         if self.weight_low_rank_a is not None:
             nn.init.kaiming_uniform_(self.weight_low_rank_a, a=5**0.5)  # as the weight; zero too, it would never train
-        super().reset_parameters()
+        bound = (self.in_features // 2) ** -0.5
+        if self.values == "dense":
+            nn.init.uniform_(self.weight, -bound, bound)
+        else:
+            self._reset_quantised(bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    @torch.no_grad()
+    def _reset_quantised(self, bound: float) -> None:
+        kept = self.weight_scale.new_empty(self.out_features, self.in_features // 2).uniform_(-bound, bound)
+        values, scale = ops.quantize_values(kept, self.values)
+        self.weight.copy_(values)
+        self.weight_scale.copy_(scale)
+        if self.weight_input_scale is not None:
+            self.weight_input_scale.fill_(1)
 
     # --- conversion -------------------------------------------------------------------------------------------------
     @classmethod
@@ -111,6 +144,9 @@ class SparseLinear24(nn.Linear):
         mask: torch.Tensor,
         memory: str | None = None,
         branch: SideBranch | None = None,
+        *,
+        values: str = "dense",
+        input_scale: torch.Tensor | None = None,
     ) -> SparseLinear24:
         """Pack the weight of `linear` where `mask` keeps it; dtype, device, bias and flags stay.
 
@@ -120,9 +156,13 @@ class SparseLinear24(nn.Linear):
                 completed lowest index first, with zeros.
             memory (`str`, *optional*): see the class.
             branch (`SideBranch`, *optional*): beside the weight; it gets the dtype, device and flags of the weight.
+            values (`str`, defaults to `"dense"`): "int8" or "int4" round kept weights to the nearest, and freeze them.
+            input_scale (`torch.Tensor`, *optional*): `[in]`, a factor of each input, by which weights are divided before
+                they are rounded.
 
         Raises:
-            PatternError: if in_features is no multiple of 8, a group keeps more than two, or the branch does not fit.
+            PatternError: if in_features is no multiple of 8, a group keeps more than two, or the branch or the input scale
+                does not fit.
         """
         weight = dense_weight(linear).detach()
         keep = mask.to(weight.device) != 0
@@ -130,12 +170,22 @@ class SparseLinear24(nn.Linear):
             raise PatternError(f"mask of shape {list(keep.shape)} for a weight of shape {list(weight.shape)}")
         if branch is not None:
             check_branch(type(linear).__name__, branch, *weight.shape)
-        values, ids = pack_masked(weight, keep)
-        packed = cls.empty_like(linear, memory, "meta", slorb_block_of(branch), rank_of(branch))
-        tensors = {leaf: tensor.detach().to(values, copy=True) for leaf, tensor in branch_tensors(branch).items()}
-        for leaf, tensor in {"weight": values, **tensors}.items():
-            setattr(packed, leaf, nn.Parameter(tensor.contiguous(), requires_grad=linear.weight.requires_grad))
-        packed.weight_idx = nn.Parameter(ids, requires_grad=False)
+        if input_scale is not None:
+            check_input_scale(type(linear).__name__, input_scale, weight.shape, values)
+        packed = cls.empty_like(
+            linear,
+            memory,
+            "meta",
+            slorb_block_of(branch),
+            rank_of(branch),
+            values=values,
+            input_scale=input_scale is not None,
+        )
+        tensors = weight_tensors(pack_masked(weight, keep, values, input_scale))
+        tensors |= {leaf: tensor.detach().to(weight, copy=True) for leaf, tensor in branch_tensors(branch).items()}
+        for leaf, tensor in tensors.items():
+            trains = linear.weight.requires_grad and getattr(packed, leaf).requires_grad
+            setattr(packed, leaf, nn.Parameter(tensor.contiguous(), requires_grad=trains))
         packed.bias = linear.bias
         return packed.train(linear.training)
 
@@ -147,6 +197,9 @@ class SparseLinear24(nn.Linear):
         device: torch.device | str | None = None,
         slorb_block: int | None = None,
         low_rank: int | None = None,
+        *,
+        values: str = "dense",
+        input_scale: bool = False,
     ) -> SparseLinear24:
         """A fresh packed layer of the sizes and dtype of `linear`."""
         out_features, in_features = dense_weight(linear).shape
@@ -159,13 +212,16 @@ class SparseLinear24(nn.Linear):
             memory=memory,
             slorb_block=slorb_block,
             low_rank=low_rank,
+            values=values,
+            input_scale=input_scale,
             conv1d=is_conv1d(linear),
         )
 
     @torch.no_grad()
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear | Conv1D:
         """The plain layer it was, in `dtype` (default: as it is): zeros in place, or dense with a side branch."""
-        weight = self.dequantize().to(dtype or self.weight.dtype)
+        weight = self.dequantize()
+        weight = weight.to(dtype or weight.dtype)
         with torch.device("meta"):
             if self.conv1d:
                 linear, weight = Conv1D(self.out_features, self.in_features), weight.t().contiguous()
@@ -184,7 +240,23 @@ class SparseLinear24(nn.Linear):
 
     def sparse_weight(self) -> torch.Tensor:
         """The 2:4 part of the weight, `[out, in]`, pruned positions +0; differentiable in `weight`."""
-        return ops.unpack_24(self.weight, self.weight_idx)
+        return self.weight24.dense()
+
+    @property
+    def weight24(self) -> ops.Weight24:
+        """The tensors of the 2:4 weight, as the kernels take them."""
+        tensors = self._parameters
+        weight = ops.Weight24(
+            *(tensors[leaf] for leaf in ("weight", "weight_idx", "weight_scale", "weight_input_scale"))
+        )
+        if torch.compiler.is_compiling():
+            return weight
+        if self._memo is None or not self._memo.is_of(weight):
+            # Only of plain parameters: wrapped ones have no address, and others come and go with each call.
+            plain = all(tensor is None or type(tensor) is nn.Parameter for tensor in weight.tensors)
+            self._memo = ops.Memo24(weight) if plain else None
+        weight.memo = self._memo
+        return weight
 
     @property
     def branch(self) -> SideBranch | None:
@@ -200,18 +272,23 @@ class SparseLinear24(nn.Linear):
         return y if branch is None else y + branch(x)
 
     def _sparse_forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self._may_keep_dense():
-            dense = self._kept_dense()
-            if dense is not None:
-                return F.linear(x, dense, self.bias)
-        return ops.linear_24(x, self.weight, self.weight_idx, self.bias)
+        weight, kernel = self.weight24, None
+        if weight.memo is not None and self.memory == "fast":
+            # With a gradient to x the backward pass would unpack the weight.
+            if not (torch.is_grad_enabled() and x.requires_grad):
+                kernel = ops.choose_for(x, weight, dense_at_hand=True)
+            if kernel is None and self._may_keep_dense(weight):
+                dense = self._kept_dense(weight)
+                if dense is not None:
+                    return F.linear(x, dense, self.bias)
+        return ops.linear_24(x, weight, self.bias, kernel)
 
     @property
     def memory(self) -> str:
         """The mode in force: what was set, else "fast" on the CPU and "low" elsewhere."""
         if self._memory is not None:
             return self._memory
-        return "fast" if self.weight.device.type == "cpu" else "low"
+        return "fast" if self._parameters["weight_idx"].device.type == "cpu" else "low"
 
     @memory.setter
     def memory(self, mode: str | None) -> None:
@@ -221,22 +298,22 @@ class SparseLinear24(nn.Linear):
             )
         self._memory = mode
         self._kept: _KeptDense | None = None
+        self._memo: ops.Memo24 | None = None
 
-    def _may_keep_dense(self) -> bool:
+    def _may_keep_dense(self, weight: ops.Weight24) -> bool:
         """Whether a call may use the kept dense weight; drops it where the weight is being trained."""
-        if torch.compiler.is_compiling() or self.memory != "fast":
+        if self.memory != "fast" or weight.memo is None:
             return False
-        if self.weight.requires_grad and torch.is_grad_enabled():
+        if weight.values.requires_grad and torch.is_grad_enabled():
             self._kept = None  # some optimizers write through `.data`, which no version counter sees
             return False
-        # DTensors, wrapped and inference tensors have no state that tells a later change.
-        tensors = (self.weight, self.weight_idx)
-        return all(type(tensor) is nn.Parameter and not tensor.is_inference() for tensor in tensors)
+        # Inference tensors have no state that tells a later change.
+        return not any(tensor is not None and tensor.is_inference() for tensor in weight.tensors)
 
-    def _kept_dense(self) -> torch.Tensor | None:
+    def _kept_dense(self, weight: ops.Weight24) -> torch.Tensor | None:
         """The kept 2:4 weight, unpacked; `None` at the first call on these tensors."""
-        if self._kept is None or not self._kept.is_of(self.weight, self.weight_idx):
-            self._kept = _KeptDense(self.weight, self.weight_idx)
+        if self._kept is None or not self._kept.is_of(weight):
+            self._kept = _KeptDense(weight)
             return None
         if self._kept.dense is None:
             # Made in inference mode it could not take part in training of what lies before or beside this layer.
@@ -245,42 +322,29 @@ class SparseLinear24(nn.Linear):
         return self._kept.dense
 
     def _apply(self, fn, recurse=True):
-        self._kept = None
+        self._kept = self._memo = None
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict:
-        return {**super().__getstate__(), "_kept": None}
+        return {**super().__getstate__(), "_kept": None, "_memo": None}
 
     def extra_repr(self) -> str:
         extra = f"{super().extra_repr()}, sparsity={PATTERN}, memory={self.memory}"
         facts = {"slorb_block": self.slorb_block, "low_rank": self.low_rank, "conv1d": self.conv1d or None}
+        facts["values"] = None if self.values == "dense" else self.values
         return ", ".join([extra, *(f"{name}={value}" for name, value in facts.items() if value is not None)])
-
-
-def pack_masked(weight: torch.Tensor, keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values and ids of `weight` (`[out, in]`) where the bool mask `keep` keeps it.
-
-    Groups that keep fewer than two are completed lowest index first, with zeros.
-
-    Raises:
-        PatternError: if in_features is no multiple of 8, or a group keeps more than two.
-    """
-    completed, _ = ops.complete_mask(keep, PATTERN)
-    return ops.pack_24(weight.masked_fill(~keep, 0), completed)
 
 
 class _KeptDense:
     """A dense weight, and the state of the packed tensors that it was unpacked from."""
 
-    def __init__(self, values: nn.Parameter, ids: nn.Parameter) -> None:
-        self._values, self._ids = weakref.ref(values), weakref.ref(ids)
-        self._state = self._state_of(values, ids)
+    def __init__(self, weight: ops.Weight24) -> None:
+        self._memo, self._versions = weight.memo, self._versions_of(weight)
         self.dense: torch.Tensor | None = None
 
     @staticmethod
-    def _state_of(values: nn.Parameter, ids: nn.Parameter) -> tuple[int, int, int, int]:
-        return values.data_ptr(), values._version, ids.data_ptr(), ids._version
+    def _versions_of(weight: ops.Weight24) -> tuple[int, ...]:
+        return tuple(0 if tensor is None else tensor._version for tensor in weight.tensors)
 
-    def is_of(self, values: nn.Parameter, ids: nn.Parameter) -> bool:
-        same = self._values() is values and self._ids() is ids
-        return same and self._state == self._state_of(values, ids)
+    def is_of(self, weight: ops.Weight24) -> bool:
+        return self._memo is weight.memo and self._versions == self._versions_of(weight)

@@ -20,8 +20,8 @@ from .checkpoint import header_of
 from .compress import PackedSizes
 from .config import PackedConfig
 from .layers import is_conv1d, linear_layers, log_dense, unpackable_layers
-from .modules import PATTERN, pack_masked
 from .stored_mask import StoredMask
+from .weights import PATTERN, pack_masked, weight_tensors
 
 
 def packable_layers(model: nn.Module, layers: Iterable[str]) -> list[str]:
@@ -77,7 +77,9 @@ def pack_files(
                     tensors[key] = tensor
                     continue
                 rows = tensor.t() if is_conv1d(linear[owners[key]]) else tensor
-                packed = dict(zip((key, f"{key}_idx"), pack_masked(rows, _kept(rows, owners[key], mask)), strict=True))
+                weight = pack_masked(rows, _kept(rows, owners[key], mask))
+                layer = key.removesuffix("weight")
+                packed = {layer + leaf: part for leaf, part in weight_tensors(weight).items()}
                 header |= header_of(packed)
                 tensors |= packed
                 packed_bytes += sum(part.nbytes for part in packed.values())

@@ -20,8 +20,8 @@ from transformers.quantizers.quantizers_utils import get_module_from_name, shoul
 
 from .. import _compat
 from ..errors import ConfigError, UnsupportedError
-from .branch import BRANCH_LEAVES, common_slorb_block, rank_of, slorb_block_of
-from .checkpoint import StoredLayer, check_packed_files, check_slorb_block, header_of
+from .branch import common_slorb_block, rank_of, slorb_block_of
+from .checkpoint import StoredLayer, check_packed_files, check_slorb_block, check_values, header_of
 from .config import QUANT_METHOD, PackedConfig
 from .conversions import MaskAndPack, PruneAndPack, Unpack
 from .layers import (
@@ -38,6 +38,7 @@ from .layers import (
 )
 from .modules import SparseLinear24
 from .stored_mask import MaskOnLoad, MaskReader, check_fits, read_stored_mask, set_mask_reader
+from .weights import PACKED_LEAVES, SCALE_LEAVES
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +51,8 @@ class PackedQuantizer(HfQuantizer):
     """
 
     requires_calibration = False
-    # The plan of tensor parallelism for `weight` holds for `weight_idx` too; with side branches there is none.
-    serialized_names = {"weight": ["weight", "weight_idx", *BRANCH_LEAVES]}  # noqa: RUF012 (so in the base class)
+    # The plan of tensor parallelism for `weight` holds for `weight_idx` too; with scales or side branches there is none.
+    serialized_names = {"weight": list(PACKED_LEAVES)}  # noqa: RUF012 (so in the base class)
 
     quantization_config: PackedConfig
     _mask: MaskOnLoad | None = None
@@ -66,7 +67,7 @@ class PackedQuantizer(HfQuantizer):
 
     @property
     def is_qat_trainable(self) -> bool:
-        return True  # the kept values train like any parameter, the mask stays
+        return True  # dense values train like any parameter, the mask stays
 
     @property
     def is_compileable(self) -> bool:
@@ -107,6 +108,11 @@ class PackedQuantizer(HfQuantizer):
                 "neither pruning nor dequantizing while loading works with a distributed_config: each process would see a "
                 "slice of another shape. Prune or dequantize in one process and save_pretrained first"
             )
+        if config.values != "dense" and _is_distributed(model):
+            raise UnsupportedError(
+                f"values={config.values!r} with a distributed_config: no plan of tensor parallelism shards their scales. Load "
+                "without it, or load with PackedConfig(dequantize=True) in one process and save the dense model"
+            )
         if self.pre_quantized:
             packed = self._stored_layers(model, checkpoint_files)
         elif self._mask is not None:
@@ -125,6 +131,7 @@ class PackedQuantizer(HfQuantizer):
         config = self.quantization_config
         stored = check_packed_files(files, config.check_digests)
         check_slorb_block(stored, config.slorb_block)
+        check_values(stored, config.values)
         linear = linear_layers(model)
         targets = _targets(model, stored)
         # A layer that the model lacks is reported by Transformers, as unexpected tensors.
@@ -139,7 +146,12 @@ class PackedQuantizer(HfQuantizer):
         if config.dequantize:
             _warn_of_dense(len(branches))
         blocks = {name: config.slorb_block if layer.slorb_width else None for name, layer in found.items()}
-        return {name: self._empty(linear[name], blocks[name], layer.low_rank) for name, layer in found.items()}
+        return {
+            name: self._empty(
+                linear[name], slorb_block=blocks[name], low_rank=layer.low_rank, input_scale=layer.has_input_scale
+            )
+            for name, layer in found.items()
+        }
 
     def _listed_layers(self, model: PreTrainedModel) -> dict[str, SparseLinear24]:
         """Without files to look into (accelerate's own loading) only the config can say what is packed."""
@@ -148,6 +160,11 @@ class PackedQuantizer(HfQuantizer):
             raise UnsupportedError(
                 "the config says that layers have SLoRB terms, and only the checkpoint files say which; load the model with "
                 "from_pretrained"
+            )
+        if config.values != "dense":
+            raise UnsupportedError(
+                f"the config says values={config.values!r}, and only the checkpoint files say which layers have input "
+                "scales; load the model with from_pretrained"
             )
         logger.info(
             "no checkpoint files to look into: packed layers are found by modules_to_not_convert, unchecked and without "
@@ -179,7 +196,7 @@ class PackedQuantizer(HfQuantizer):
         branches = {name: layer.branch for name, layer in mask.layers.items() if name not in left}
         self.quantization_config.slorb_block = common_slorb_block(map(slorb_block_of, branches.values()))
         return {
-            name: self._empty(linear[name], slorb_block_of(branch), rank_of(branch))
+            name: self._empty(linear[name], slorb_block=slorb_block_of(branch), low_rank=rank_of(branch))
             for name, branch in branches.items()
         }
 
@@ -206,9 +223,13 @@ class PackedQuantizer(HfQuantizer):
         log_dense(dict.fromkeys(missing, "not in the checkpoint"), "dense, newly initialised")
         return {name: self._empty(linear[name]) for name in names if name not in missing}
 
-    def _empty(self, linear: nn.Module, slorb_block: int | None = None, low_rank: int | None = None) -> SparseLinear24:
-        memory = self.quantization_config.memory
-        return SparseLinear24.empty_like(linear, memory, linear.weight.device, slorb_block, low_rank)
+    def _empty(self, linear: nn.Module, **parts: Any) -> SparseLinear24:
+        """An empty layer; `parts` as for `SparseLinear24.empty_like`."""
+        config, device = self.quantization_config, linear.weight.device
+        layer = SparseLinear24.empty_like(linear, config.memory, device, values=config.values, **parts)
+        if not layer.weight.is_floating_point():
+            _compat.keep_from_initialising(layer.weight)
+        return layer
 
     # --- while loading ----------------------------------------------------------------------------------------------
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
@@ -239,6 +260,10 @@ class PackedQuantizer(HfQuantizer):
                 rows, keep = mask.weight_and_mask(name, expert_rows(model, name))
                 set_expert_rows(model, name, rows.masked_fill(~keep, 0))
             mask.settle(self.quantization_config.allow_base_mismatch)
+        for _, layer in packed_layers(model):
+            for leaf in SCALE_LEAVES:  # the loader lets every float train
+                if (scale := getattr(layer, leaf)) is not None:
+                    scale.requires_grad_(False)
         if self.quantization_config.dequantize:
             _compat.forget_conversions(model, Unpack)  # the model is a plain dense one now
         return model
@@ -259,9 +284,8 @@ class PackedQuantizer(HfQuantizer):
         for name in names:
             tensor = _compat.whole_tensor(model, name, state[name])
             # Under both names: save_original_format=False and offloaded models may keep those of the model.
-            header.update(header_of({name: tensor}))
-            if on_disk[name] not in (None, name):
-                header.update(header_of({on_disk[name]: tensor}))
+            places = {name, on_disk[name]} - {None}
+            header.update(header_of(dict.fromkeys(places, tensor), self.quantization_config.values))
         return None, header
 
 
@@ -285,7 +309,7 @@ def _warn_of_dense(count: int) -> None:
 
 def _packed_names(layer: str, state: Iterable[str]) -> list[str]:
     """Names of the packed tensors of a layer, of those in a state dict."""
-    names = [f"{layer}.{leaf}" for leaf in ("weight", "weight_idx", *BRANCH_LEAVES)]
+    names = [f"{layer}.{leaf}" for leaf in PACKED_LEAVES]
     return [name for name in names if name in state]
 
 

@@ -17,7 +17,7 @@ from ..fingerprint import fingerprint, rounding_hint, to_hex
 from ..ops import SideBranch
 from ..pattern import NMPattern
 from .branch import check_branch
-from .modules import PATTERN
+from .weights import PATTERN
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which kernel computes a 2:4 linear layer: a table of measured times where there is one, else a fixed order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from .call import FORWARD, Call24
+from .tables import DENSE, measured_times
+from .weight import Weight24
+
+
+@dataclass(frozen=True)
+class Kernel24:
+    """One way to compute a product with a packed weight.
+
+    Args:
+        name (`str`): what `explain` reports.
+        accepts (`Callable`): `Call24 -> bool`, whether it can take such a call on this machine.
+        run (`Callable`): `(x, weight, bias) -> y`: x `[..., in]`, contiguous, of the dtype of the call and any leading
+            dimensions, maybe 0; y `[..., out]`, contiguous. For the input gradient x is `[..., out]`, y `[..., in]`, bias
+            `None`.
+        prefers (`Callable`): `Call24 -> bool`, whether it is taken to be faster than the dense product where nothing was
+            measured.
+    """
+
+    name: str
+    accepts: Callable[[Call24], bool]
+    run: Callable[[torch.Tensor, Weight24, torch.Tensor | None], torch.Tensor]
+    prefers: Callable[[Call24], bool] = lambda call: True
+
+
+_kernels: list[Kernel24] = []
+_MOST_CHOICES = 256  # of one weight: prompts come in all lengths
+_generation = 0  # of kernels and tables; choices of an earlier one are void
+
+
+def register_kernel(kernel: Kernel24) -> None:
+    """Add a kernel; where nothing was measured, those registered later are asked first."""
+    _kernels.insert(0, kernel)
+    forget_choices()
+
+
+def forget_choices() -> None:
+    """Choose anew from now on: a table or a kernel has changed."""
+    global _generation
+    _generation += 1
+
+
+def kernels_for(call: Call24) -> list[Kernel24]:
+    """Every kernel that can take a call, those that prefer it first."""
+    able = [kernel for kernel in _kernels if kernel.accepts(call)]
+    return sorted(able, key=lambda kernel: not kernel.prefers(call))
+
+
+def choose_kernel(call: Call24, dense_at_hand: bool = False) -> Kernel24 | None:
+    """The kernel for a call: the fastest in the nearest measured call, else the first that prefers it.
+
+    Args:
+        call (`Call24`): what is to be computed.
+        dense_at_hand (`bool`): whether the caller holds the dense weight too.
+
+    Returns:
+        the kernel; `None`, only with `dense_at_hand`, where the dense product of torch is the better one.
+    """
+    able = kernels_for(call)
+    times = measured_times(call)
+    timed = [kernel for kernel in able if kernel.name in times]
+    if timed and (not dense_at_hand or DENSE in times):
+        best = min(timed, key=lambda kernel: times[kernel.name])
+        return None if dense_at_hand and times[DENSE] < times[best.name] else best
+    return None if dense_at_hand and not able[0].prefers(call) else able[0]
+
+
+def choose_for(
+    x: torch.Tensor, weight: Weight24, product: str = FORWARD, dense_at_hand: bool = False
+) -> Kernel24 | None:
+    """`choose_kernel` for the call that multiplies `x` by `weight`; remembered in the memo of the weight."""
+    memo = weight.memo
+    if memo is None:
+        return choose_kernel(Call24.of(x, weight, product), dense_at_hand)
+    key = (x.numel(), x.dtype, product, dense_at_hand, _generation, torch.get_num_threads())
+    if key not in memo.choices:
+        if len(memo.choices) >= _MOST_CHOICES:
+            memo.choices.clear()
+        memo.choices[key] = choose_kernel(Call24.of(x, weight, product), dense_at_hand)
+    return memo.choices[key]

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The C++ kernels: compiled for this machine when first needed, kept in the user's cache, reached through `ctypes`.
+
+No header of torch is needed, so compiling takes seconds and the result fits every version of torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+from .tables import cache_folder, cpu_name
+
+logger = logging.getLogger(__name__)
+
+SOURCE_FOLDER = Path(__file__).parent / "native"
+_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-ffp-contract=fast", "-fopenmp")
+_TIMEOUT_SECONDS = 300
+_POINTER, _INTEGER, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+
+
+@lru_cache(maxsize=1)
+def native_library() -> ctypes.CDLL | None:
+    """The kernels, or `None` where they cannot be had, with one logged line that says why."""
+    if os.environ.get("NMSPARSE_NATIVE") == "0":
+        logger.warning("NMSPARSE_NATIVE=0: packed layers on the CPU are unpacked for each call")
+        return None
+    try:
+        return load(build("native"))
+    except (OSError, subprocess.SubprocessError) as error:
+        detail = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        logger.warning(
+            "no compiled CPU kernels (%s): packed layers on the CPU are unpacked for each call. A C++ compiler (g++ or "
+            "clang++) in PATH, or named by CXX, makes them fast",
+            detail[-1] if detail else type(error).__name__,
+        )
+        return None
+
+
+def build(architecture: str) -> Path:
+    """Compile the kernels, unless that was done before, and return the library.
+
+    Args:
+        architecture (`str`): of `-march`; "native" is this machine.
+
+    Raises:
+        OSError: if there is no compiler or the cache cannot be written.
+        subprocess.SubprocessError: if the compiler fails.
+    """
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
+    if compiler is None:
+        raise OSError("no C++ compiler found")
+    sources = sorted([*SOURCE_FOLDER.glob("*.cpp"), *SOURCE_FOLDER.glob("*.inc")])
+    flags = (*_FLAGS, f"-march={architecture}")
+    key = hashlib.sha256(repr((flags, compiler, platform.machine(), _instructions())).encode())
+    for source in sources:
+        key.update(source.read_bytes())
+    library = cache_folder() / "native" / f"linear24-{key.hexdigest()[:16]}.so"
+    if not library.exists():
+        _compile(compiler, flags, library)
+    return library
+
+
+def _compile(compiler: str, flags: tuple[str, ...], library: Path) -> None:
+    logger.info("compiling the CPU kernels, once: %s", library)
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        object_file, made = Path(folder) / "linear24.o", Path(folder) / "linear24.so"
+        compile_it = [compiler, *flags, "-c", str(SOURCE_FOLDER / "linear24.cpp"), "-o", str(object_file)]
+        # Torch has an OpenMP runtime loaded; a second one beside it would have its own, competing threads.
+        runtime = [] if hasattr(ctypes.CDLL(None), "GOMP_parallel") else ["-fopenmp"]
+        link_it = [compiler, "-shared", str(object_file), *runtime, "-o", str(made)]
+        for command in (compile_it, link_it):
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS)
+        os.replace(made, library)  # whole or not at all, also when two processes compile at once
+
+
+def load(library: Path) -> ctypes.CDLL:
+    """Load a library that `build` made.
+
+    Raises:
+        OSError: if it does not load on this machine.
+    """
+    loaded = ctypes.CDLL(str(library))
+    loaded.nmsparse_instructions.restype = ctypes.c_char_p
+    loaded.nmsparse_linear24.argtypes = [*[_POINTER] * 4, _LONG, _INTEGER]
+    loaded.nmsparse_unpack24.argtypes = [_POINTER, _POINTER, _INTEGER]
+    return loaded
+
+
+def _instructions() -> str:
+    """What this processor can do, so that machines that share a home folder do not share a library."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next((line for line in file if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        return cpu_name()
