@@ -32,13 +32,17 @@ lint: setup
 
 bench: setup
 	$(BIN)/python benchmarks/masks.py
-	$(BIN)/python benchmarks/linear.py
+	$(BIN)/python benchmarks/linear.py --tune
+	$(BIN)/python benchmarks/generate.py
 
-# On a machine with a GPU: the tests marked `gpu` and the benchmarks, with whatever python is called PYTHON.
+# On a machine with a GPU: the tests marked `gpu` and the benchmarks, with whatever python is called PYTHON, which must have
+# what they import; installs nothing. All results go to RESULTS.
+RESULTS ?= benchmarks/results
 gpu-check:
-	$(PYTHON) -m pytest -m gpu
-	$(PYTHON) benchmarks/masks.py --device cuda
-	$(PYTHON) benchmarks/linear.py --device cuda --tune
+	PYTHONPATH=src:$$PYTHONPATH $(PYTHON) -m pytest -m gpu -p no:cacheprovider
+	PYTHONPATH=src:$$PYTHONPATH $(PYTHON) benchmarks/masks.py --device cuda --output $(RESULTS)/masks-cuda.json
+	PYTHONPATH=src:$$PYTHONPATH $(PYTHON) benchmarks/linear.py --device cuda --tune --rounds 20 --output $(RESULTS)/linear-cuda.json
+	PYTHONPATH=src:$$PYTHONPATH $(PYTHON) benchmarks/generate.py --device cuda --random-llama 8b --memory low --rounds 3 --output $(RESULTS)/generate-cuda.json
 
 clean:
 	rm -rf $(VENV) demo build dist .pytest_cache .ruff_cache

@@ -32,12 +32,12 @@ def calls_of(arguments: argparse.Namespace) -> list:
     dtype = getattr(torch, arguments.dtype)
     shapes = [(1536, 576), (4096, 4096)] if arguments.quick else SMOLLM2 + LARGE
     most = min(arguments.most_tokens, 64 if arguments.quick else 4096)
-    tokens = [count for count in TOKENS if count <= most]
     return [
         forward_call(device, dtype, kind, shape, count)
         for kind in arguments.values
         for shape in shapes
-        for count in tokens
+        for count in TOKENS
+        if count <= (most if kind == "dense" else min(most, 512))  # quantised values serve few tokens
     ]
 
 

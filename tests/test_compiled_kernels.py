@@ -102,3 +102,14 @@ def test_sum_of_parts_compiles(capability, tmp_path):
         sum_of_parts, signature, {"HAS_BIAS": True, "K_PARTS": 3, "BLOCK": 256}, capability, 8, tmp_path
     )
     assert kernel.spills == 0 and kernel.registers <= 40
+
+
+def test_numbers_that_are_one_compile(tmp_path):
+    """Triton takes an argument of 1 for a constant."""
+    one = {"tokens": 1, "rows": 1, "steps": 1, "K": 64, "FP16": False, "HAS_BIAS": True}
+    decode, gemm = nvidia.decode_shape(1, 64, 1, "int4", 132), nvidia.gemm_shape(1, 64, 1, 132)
+    pointers = {"x": "*i64", "values": "*i32", "ids": "*i64", "scale": "*bf16", "bias": "*bf16", "y": "*bf16"}
+    constants = one | {"KIND": "int4"} | decode.constants()
+    assert compile_kernel(linear24_decode, pointers, constants, 90, decode.warps, tmp_path).spills == 0
+    pointers = {"x": "*i32", "values": "*i32", "ids": "*i16", "bias": "*bf16", "y": "*bf16"}
+    assert compile_kernel(linear24_gemm, pointers, one | gemm.constants(), 90, gemm.warps, tmp_path).spills == 0

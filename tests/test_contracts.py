@@ -204,9 +204,9 @@ def test_8_which_path_runs_can_be_asked(learned, tokens):
     packed = nms.compress(learned)
     layer = packed.model.layers[0].mlp.up_proj
     layer.memory = "low"
-    low = nms.explain(layer, tokens=1)
+    low = nms.explain(layer, tokens=128)
     layer.memory = "fast"
-    fast = nms.explain(layer, tokens=1)
+    fast = nms.explain(layer, tokens=128)
     assert low.backend != fast.backend and low.resident_bytes < fast.resident_bytes
 
 

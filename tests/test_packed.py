@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests_support import assert_equal_but_for_rounding
 from torch import nn
 from torch.nn.utils import prune
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
@@ -16,11 +17,13 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_nmsparse import ops
 from hf_nmsparse.errors import ConfigError, PatternError, UnsupportedError
+from hf_nmsparse.ops import linear24
 from hf_nmsparse.packed import PackedConfig, SparseLinear24, compress, decompress, explain, packed_sizes
 from hf_nmsparse.pattern import NMPattern
 
 PATTERN = NMPattern(2, 4)
 TOKENS = torch.arange(12).reshape(2, 6)
+MANY = 128  # rows of x, for which the dense product is the faster one on every CPU
 
 
 def magnitude_mask(weight, pattern=PATTERN):
@@ -82,9 +85,12 @@ def assert_same_state(model, state):
 @pytest.mark.parametrize("memory", ["fast", "low"])
 def test_layer_equals_the_masked_dense_layer_and_back(dtype, memory):
     dense, packed = linear_pair(dtype, memory=memory)
-    x = torch.randn(3, 16).to(dtype)
+    few, many = torch.randn(3, 16).to(dtype), torch.randn(MANY, 16).to(dtype)
     for _ in range(3):
-        assert torch.equal(packed(x), dense(x))
+        assert_equal_but_for_rounding(packed(few), dense(few))
+        assert_equal_but_for_rounding(packed(many), dense(many))
+    if memory == "fast" or dtype in (torch.float32, torch.float64):
+        assert torch.equal(packed(many), dense(many))
     assert isinstance(packed, nn.Linear)
     assert packed.weight.shape == (8, 8) and packed.weight.dtype == dtype
     assert packed.weight_idx.shape == (8, 2) and packed.weight_idx.dtype == torch.uint8
@@ -130,17 +136,16 @@ def test_a_fresh_layer_is_valid():
 # --- the kept dense weight ------------------------------------------------------------------------------------------
 @pytest.fixture
 def unpack_count(monkeypatch):
+    """One entry for each time that a weight is unpacked, in Python or in C++."""
     calls = []
-    from hf_nmsparse.ops import linear24
-
-    original = ops.unpack_24
-    for module in (ops, linear24):
-        monkeypatch.setattr(module, "unpack_24", lambda *a: calls.append(1) or original(*a))
+    for module, name in ((linear24.weight, "unpack_24"), (linear24.cpu, "unpack_on_cpu")):
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, original=original: calls.append(1) or original(*a))
     return calls
 
 
 def test_fast_stops_unpacking_and_low_does_not(unpack_count):
-    x = torch.randn(3, 16)
+    x = torch.randn(MANY, 16)
     for memory, expected in (("fast", 2), ("low", 5)):
         _, packed = linear_pair(memory=memory)
         unpack_count.clear()
@@ -163,21 +168,23 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_the_kept_weight_is_never_stale(change):
     _, packed = linear_pair()
-    x = torch.randn(3, 16)
-    packed(x), packed(x)
+    few, many = torch.randn(3, 16), torch.randn(MANY, 16)
+    packed(few), packed(many), packed(many)
     assert packed._kept.dense is not None
     with torch.no_grad():
         CHANGES[change](packed)
-    x = x.to(packed.weight.dtype)
+    few, many = few.to(packed.weight.dtype), many.to(packed.weight.dtype)
     for _ in range(3):
-        assert torch.equal(packed(x), nn.functional.linear(x, packed.dequantize(), packed.bias))
+        weight = packed.dequantize()
+        assert_equal_but_for_rounding(packed(few), nn.functional.linear(few, weight, packed.bias))
+        assert torch.equal(packed(many), nn.functional.linear(many, weight, packed.bias))
 
 
 @pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), None])
 def test_copies_and_pickles_leave_the_kept_weight_behind(copy_of):
     dense, packed = linear_pair()
-    x = torch.randn(3, 16)
-    packed(x), packed(x)
+    few, many = torch.randn(3, 16), torch.randn(MANY, 16)
+    packed(few), packed(many), packed(many)
     if copy_of is None:
         buffer = io.BytesIO()
         torch.save(packed, buffer)
@@ -186,14 +193,16 @@ def test_copies_and_pickles_leave_the_kept_weight_behind(copy_of):
     else:
         clone = copy_of(packed)
     assert clone._kept is None and packed._kept.dense is not None
-    assert torch.equal(clone(x), dense(x))
+    assert_equal_but_for_rounding(clone(few), dense(few))
+    assert torch.equal(clone(many), dense(many))
     assert list(packed.state_dict()) == ["weight", "weight_idx", "bias"]
 
 
 def test_training_the_values_uses_no_kept_weight_and_drops_it():
     _, packed = linear_pair()
-    x = torch.randn(3, 16)
+    x = torch.randn(MANY, 16)
     packed(x), packed(x)
+    assert packed._kept.dense is not None
     packed.weight.requires_grad_()
     packed(x).sum().backward()
     assert packed.weight.grad.shape == packed.weight.shape and packed._kept is None
@@ -205,39 +214,45 @@ def test_training_the_values_uses_no_kept_weight_and_drops_it():
 def test_weight_kept_in_inference_mode_still_lets_gradients_through():
     _, packed = linear_pair()
     with torch.inference_mode():
-        packed(torch.randn(3, 16)), packed(torch.randn(3, 16))
-    x = torch.randn(3, 16, requires_grad=True)
-    packed(x).sum().backward()
-    torch.testing.assert_close(x.grad, packed.dequantize().sum(0).expand(3, 16))
+        packed(torch.randn(3, 16)), packed(torch.randn(MANY, 16)), packed(torch.randn(MANY, 16))
+    assert packed._kept.dense is not None
+    for rows in (3, MANY):
+        x = torch.randn(rows, 16, requires_grad=True)
+        packed(x).sum().backward()
+        torch.testing.assert_close(x.grad, packed.dequantize().sum(0).expand(rows, 16))
 
 
 def test_layers_whose_tensors_come_and_go_keep_nothing():
     _, packed = linear_pair()
     for _ in range(3):
         packed.weight = nn.Parameter(packed.weight.clone(), requires_grad=False)
-        packed(torch.randn(3, 16))
+        packed(torch.randn(MANY, 16))
         assert packed._kept.dense is None
 
 
 def test_autocast_as_for_a_dense_layer():
     dense, packed = linear_pair()
+    few, many = torch.randn(3, 16), torch.randn(MANY, 16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         for _ in range(3):
-            found = packed(torch.ones(3, 16))
-            assert found.dtype == torch.bfloat16 and torch.equal(found, dense(torch.ones(3, 16)))
+            for x in (few, many):
+                assert packed(x).dtype == torch.bfloat16
+                assert_equal_but_for_rounding(packed(x), dense(x))
+        assert torch.equal(packed(many), dense(many))
 
 
 def test_mixed_dtypes_raise_on_both_paths():
     _, packed = linear_pair(torch.bfloat16)
-    for _ in range(3):
-        with pytest.raises(RuntimeError, match="dtype"):
-            packed(torch.randn(3, 16))
+    for rows in (3, MANY):
+        for _ in range(3):
+            with pytest.raises(RuntimeError, match="dtype"):
+                packed(torch.randn(rows, 16))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_layer_follows_changes_of_its_weight(backend):
     _, packed = linear_pair()
-    x = torch.randn(3, 16)
+    x = torch.randn(MANY, 16)
     packed(x), packed(x)
     compiled = torch.compile(packed, fullgraph=True, backend=backend)
     torch.testing.assert_close(compiled(x), packed(x))
@@ -249,17 +264,24 @@ def test_compiled_layer_follows_changes_of_its_weight(backend):
 def test_explain_names_path_and_bytes():
     dense, packed = linear_pair(torch.bfloat16)
     packed_bytes = 8 * 8 * 2 + 8 * 2 + 8 * 2
-    kept = explain(packed, tokens=4)
+    kept = explain(packed, tokens=MANY)
     assert (kept.kind, kept.backend, kept.device) == ("SparseLinear24", "dense, unpacked once", "cpu")
-    assert (kept.dtype, kept.tokens, kept.resident_bytes) == ("bfloat16", 4, packed_bytes + 8 * 16 * 2)
+    assert (kept.dtype, kept.tokens, kept.resident_bytes) == ("bfloat16", MANY, packed_bytes + 8 * 16 * 2)
+    few = explain(packed, tokens=1)
+    if few.backend != kept.backend:  # where there is a C++ compiler
+        assert few.resident_bytes == packed_bytes
+    packed(torch.ones(MANY, 16).bfloat16()), packed(torch.ones(MANY, 16).bfloat16())
+    assert explain(packed, tokens=1).resident_bytes == kept.resident_bytes
     packed.memory = "low"
-    low = explain(packed)
-    assert (low.backend, low.resident_bytes) == ("reference, unpacked each call", packed_bytes)
+    for tokens in (1, MANY):
+        low = explain(packed, tokens)
+        kernel = ops.choose_for(torch.ones(tokens, 16, dtype=torch.bfloat16), packed.weight24)
+        assert (low.backend, low.resident_bytes) == (kernel.name, packed_bytes)
     packed.memory = None
     packed.weight.requires_grad_()
-    assert explain(packed).backend == "reference, unpacked each call"
+    assert explain(packed, MANY).backend == kernel.name
     with torch.no_grad():
-        assert explain(packed).backend == "dense, unpacked once"
+        assert explain(packed, MANY).backend == "dense, unpacked once"
     assert explain(dense).backend == "dense"
     with pytest.raises(UnsupportedError, match="LayerNorm"):
         explain(nn.LayerNorm(4))
@@ -277,7 +299,7 @@ def test_compress_then_decompress_is_the_identity_on_a_masked_model(dtype, tied)
     assert model.config.quantization_config.modules_to_not_convert == ["lm_head"]
     assert model.is_quantized and model.quantization_method == "nmsparse"
     for _ in range(2):
-        assert torch.equal(logits(model), expected)
+        assert_equal_but_for_rounding(logits(model), expected)
     assert decompress(model) is model
     assert_same_state(model, before)
     assert torch.equal(logits(model), expected)
@@ -297,7 +319,10 @@ def test_compress_with_masks_computes_with_exactly_these_masks(caplog):
     for name, mask in masks.items():
         reference.get_submodule(name).weight.data.mul_(mask)
     compress(model, masks)
-    assert torch.equal(logits(model), logits(reference))
+    assert_equal_but_for_rounding(logits(model), logits(reference))
+    for name, mask in masks.items():
+        if name != "model.layers.1.mlp.up_proj":
+            assert torch.equal(model.get_submodule(name).dequantize(), layers[name].weight * mask), name
     dense = ["lm_head", "model.layers.1.mlp.down_proj", "model.layers.1.mlp.up_proj"]
     assert model.config.quantization_config.modules_to_not_convert == dense
     assert "model.layers.1.mlp.up_proj" in caplog.text and "more than 2:4" in caplog.text
@@ -324,7 +349,7 @@ def test_layers_that_are_not_24_or_not_packable_stay_dense_and_are_listed():
     listed = model.config.quantization_config.modules_to_not_convert
     down = [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
     assert listed == sorted(["lm_head", "model.layers.0.self_attn.q_proj", *down])
-    assert torch.equal(logits(model), expected)
+    assert_equal_but_for_rounding(logits(model), expected)
 
 
 def failing_cases():
@@ -497,6 +522,7 @@ def test_lora_trains_on_a_packed_model_and_its_state_round_trips(tmp_path):
     model.eval().save_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(compress(tiny_llama()), tmp_path).eval()
     expected = logits(model)
+    logits(again)  # a dense weight is kept from the second call on, as the trained model has since long
     assert torch.equal(logits(again), expected)
     merged = decompress(again).merge_and_unload()
     assert not hasattr(merged.config, "quantization_config")

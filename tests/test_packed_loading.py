@@ -10,6 +10,7 @@ import torch
 from accelerate import init_empty_weights, load_checkpoint_and_dispatch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tests_support import assert_equal_but_for_rounding
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -168,7 +169,7 @@ def test_loads_into_the_base_model_class(packed_folder):
     with torch.no_grad():
         hidden = base(TOKENS).last_hidden_state
         expected = tiny_model().model(TOKENS).last_hidden_state
-    assert torch.equal(hidden, expected)
+    assert_equal_but_for_rounding(hidden, expected)
 
 
 def test_mixtral_keeps_its_experts_dense_and_saves_again(tmp_path):
@@ -182,9 +183,12 @@ def test_mixtral_keeps_its_experts_dense_and_saves_again(tmp_path):
     assert stored_tensors(tmp_path / "1").keys() == stored_tensors(tmp_path / "2").keys()
     assert torch.equal(logits(load(tmp_path / "2")), expected)
     dense = load(tmp_path / "1", dequantize=True)
-    assert num_packed(dense) == 0 and torch.equal(logits(dense), expected)
+    assert num_packed(dense) == 0
+    plain = tiny_model(MixtralConfig, num_key_value_heads=2, num_local_experts=4)
+    assert torch.equal(logits(dense), logits(plain))
+    assert_equal_but_for_rounding(logits(dense), expected)
     dense.save_pretrained(tmp_path / "3")
-    assert torch.equal(logits(load(tmp_path / "3")), expected)
+    assert torch.equal(logits(load(tmp_path / "3")), logits(plain))
 
 
 def test_weights_that_checkpoints_store_fused_stay_dense(tmp_path, caplog):
@@ -224,7 +228,9 @@ def test_adapter_saved_from_a_packed_model_reloads(packed_folder, tmp_path):
 
 # --- devices --------------------------------------------------------------------------------------------------------
 def test_device_map_auto(packed_folder):
-    assert torch.equal(logits(load(packed_folder, device_map="auto")), logits(tiny_model()))
+    found = logits(load(packed_folder, device_map="auto"))
+    assert torch.equal(found, logits(load(packed_folder)))
+    assert_equal_but_for_rounding(found, logits(tiny_model()))
 
 
 def test_disk_offload_of_a_packed_model_and_saving_it_from_there(packed_folder, tmp_path):
@@ -233,11 +239,14 @@ def test_disk_offload_of_a_packed_model_and_saving_it_from_there(packed_folder, 
     model = load(packed_folder, device_map=device_map, offload_folder=tmp_path / "offload")
     layer = model.model.layers[1].mlp.up_proj
     assert layer.weight.is_meta and layer.weight_idx.is_meta
+    expected, many = logits(tiny_model()), torch.arange(128).reshape(8, 16)
     for _ in range(3):
-        assert torch.equal(logits(model), logits(tiny_model()))
+        assert_equal_but_for_rounding(logits(model), expected)
+        with torch.no_grad():
+            model(many)
     assert layer._kept is None or layer._kept.dense is None
     model.save_pretrained(tmp_path / "again")
-    assert torch.equal(logits(load(tmp_path / "again")), logits(tiny_model()))
+    assert torch.equal(logits(load(tmp_path / "again")), logits(load(packed_folder)))
 
 
 def test_accelerate_finds_the_packed_layers_by_the_skip_list(packed_folder):
@@ -247,7 +256,8 @@ def test_accelerate_finds_the_packed_layers_by_the_skip_list(packed_folder):
     quantizer = auto.AutoHfQuantizer.from_config(config.quantization_config, pre_quantized=True)
     quantizer.preprocess_model(model)
     model = load_checkpoint_and_dispatch(model, packed_folder, device_map={"": "cpu"}).eval()
-    assert num_packed(model) == 14 and torch.equal(logits(model), logits(tiny_model()))
+    assert num_packed(model) == 14
+    assert_equal_but_for_rounding(logits(model), logits(tiny_model()))
 
 
 # --- pruning while loading ------------------------------------------------------------------------------------------
@@ -330,9 +340,10 @@ def test_gpt2_round_trips_and_is_pruned_and_dequantized_while_loading(tmp_path, 
     packed.save_pretrained(tmp_path / "packed")
     assert stored_tensors(tmp_path / "packed")["transformer.h.0.mlp.c_fc.weight"].shape == (128, 16)
     tiny_gpt2(masked=False, dtype=dtype).save_pretrained(tmp_path / "dense")
+    expected = logits(packed)
     for loaded in (load(tmp_path / "packed"), load(tmp_path / "dense", quantization_config=PackedConfig())):
         assert num_packed(loaded) == 8 and loaded.config.quantization_config.modules_to_not_convert == ["lm_head"]
-        assert torch.equal(logits(loaded), logits(packed))
+        assert torch.equal(logits(loaded), expected)
         for name, tensor in decompress(loaded).state_dict().items():
             assert torch.equal(tensor, reference.state_dict()[name]), name
     dense = load(tmp_path / "packed", dequantize=True)
@@ -368,7 +379,8 @@ def test_dequantized_models_are_plain_dense_ones(tmp_path, way, dtype):
     assert torch.equal(logits(load(tmp_path / "dense")), logits(reference))
     compress(model).save_pretrained(tmp_path / "again")
     again = load(tmp_path / "again")
-    assert num_packed(again) == 14 and torch.equal(logits(again), logits(reference))
+    assert num_packed(again) == 14
+    assert_equal_but_for_rounding(logits(again), logits(reference))
 
 
 def test_dequantize_to_another_dtype(packed_folder):

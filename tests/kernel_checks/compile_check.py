@@ -63,9 +63,8 @@ def compile_kernel(
     """
     names = list(kernel.arg_names)
     types = {name: signature.get(name, "constexpr") for name in names}
-    aligned = {
-        (names.index(n),): [["tt.divisibility", 16]] for n, t in types.items() if t.startswith("*") or n == "rows"
-    }
+    divisible = [n for n, t in types.items() if t.startswith("*") or (n == "rows" and t == "i32")]
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible}
     source = GluonASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, **options})
     cubin = folder / "kernel.cubin"

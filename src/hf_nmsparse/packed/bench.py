@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import nn
 
-from ..ops import DENSE, Call24
+from ..ops import DENSE, Call24, Weight24
 from ..ops.linear24 import measure
 from .explain import explain
 from .modules import MEMORY_MODES, SparseLinear24
@@ -59,7 +59,7 @@ def measure_layer(call: Call24, roofline: measure.Roofline, rounds: int = 30) ->
         roofline (`Roofline`): of the device.
         rounds (`int`): times each is timed.
     """
-    copies = measure.Copies(call)
+    copies = measure.copies_of(call)
     x = torch.randn(call.tokens, call.in_features, device=call.device).to(call.dtype)
     layers = {DENSE: [_dense_layer(weight) for weight in copies.dense]}
     for memory in MEMORY_MODES:
@@ -101,7 +101,7 @@ def _dense_layer(weight: torch.Tensor) -> nn.Linear:
     return layer
 
 
-def _packed_layer(weight, memory: str) -> SparseLinear24:
+def _packed_layer(weight: Weight24, memory: str) -> SparseLinear24:
     layer = SparseLinear24(
         weight.in_features,
         weight.out_features,

@@ -19,7 +19,7 @@ class Explanation:
 
     Args:
         kind (`str`): class of the layer.
-        backend (`str`): for example "dense, unpacked once" or "reference, unpacked each call".
+        backend (`str`): "dense, unpacked once", or the name of a kernel, for example "C++" or "unpacked each call".
         device (`str`), dtype (`str`): of the weight.
         tokens (`int`): rows of input that were asked about.
         resident_bytes (`int`): what the layer holds in memory once such a call has run.
@@ -54,7 +54,8 @@ def explain(module: nn.Module, tokens: int = 1) -> Explanation:
         )
         chosen = ops.choose_kernel(call, dense_at_hand=module._may_keep_dense(weight))
         backend = "dense, unpacked once" if chosen is None else chosen.name
-        if chosen is None:
+        kept = module._kept is not None and module._kept.dense is not None  # by an earlier call on more tokens
+        if chosen is None or kept:
             resident += module.in_features * module.out_features * weight.dtype.itemsize
     weight = module.weight
     dtype = str(weight.dtype).removeprefix("torch.")

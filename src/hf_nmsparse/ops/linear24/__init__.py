@@ -4,12 +4,22 @@
 from .call import FORWARD, INPUT_GRADIENT, Call24
 from .cpu import NATIVE, NATIVE_UNPACKED, NATIVE_UNPACKED_INPUT_GRADIENT
 from .dispatch import Kernel24, choose_for, choose_kernel, forget_choices, kernels_for, register_kernel
+from .nvidia import DECODE, GEMM
 from .operator import linear_24
 from .tables import DENSE
 from .unpacked import UNPACKED, UNPACKED_INPUT_GRADIENT
 from .weight import VALUE_KINDS, Memo24, Weight24
 
-for _kernel in (UNPACKED, UNPACKED_INPUT_GRADIENT, NATIVE_UNPACKED, NATIVE_UNPACKED_INPUT_GRADIENT, NATIVE):
+# Where nothing was measured, the first that prefers a call takes it; else the first that can. Last registered, first asked.
+for _kernel in (
+    GEMM,
+    UNPACKED,
+    UNPACKED_INPUT_GRADIENT,
+    NATIVE_UNPACKED,
+    NATIVE_UNPACKED_INPUT_GRADIENT,
+    NATIVE,
+    DECODE,
+):
     register_kernel(_kernel)
 
 __all__ = [

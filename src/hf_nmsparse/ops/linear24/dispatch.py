@@ -34,6 +34,7 @@ class Kernel24:
 
 
 _kernels: list[Kernel24] = []
+_WORTH_A_COPY = 0.97  # a dense copy is kept for no less than 3 %, about what times are good for
 _MOST_CHOICES = 256  # of one weight: prompts come in all lengths
 _generation = 0  # of kernels and tables; choices of an earlier one are void
 
@@ -71,7 +72,7 @@ def choose_kernel(call: Call24, dense_at_hand: bool = False) -> Kernel24 | None:
     timed = [kernel for kernel in able if kernel.name in times]
     if timed and (not dense_at_hand or DENSE in times):
         best = min(timed, key=lambda kernel: times[kernel.name])
-        return None if dense_at_hand and times[DENSE] < times[best.name] else best
+        return None if dense_at_hand and times[DENSE] < _WORTH_A_COPY * times[best.name] else best
     return None if dense_at_hand and not able[0].prefers(call) else able[0]
 
 

@@ -13,7 +13,8 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ from .weight import Memo24, Weight24
 
 _SAMPLE_SECONDS = 2e-3  # shorter calls are timed several at a time
 _LARGEST_COPIES = 4 << 30  # bytes
+_MOST_COPIES = 4096
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def measure_kernels(call: Call24, rounds: int = 30) -> Measurement:
         call (`Call24`): a forward product.
         rounds (`int`): times each is timed.
     """
-    copies = Copies(call)
+    copies = copies_of(call)
     x = torch.randn(call.tokens, call.in_features, device=call.device).to(call.dtype)
     runs: dict[str, Callable[[int], object]] = {DENSE: lambda i: F.linear(x, copies.dense[i % len(copies)])}
     for kernel in _worth_timing(call):
@@ -107,8 +109,9 @@ class Copies:
     """Random 2:4 weights for a call, dense and packed, enough of them that no cache holds them."""
 
     def __init__(self, call: Call24) -> None:
-        generator = torch.Generator().manual_seed(0)
-        dense = torch.randn(call.out_features, call.in_features, generator=generator).to(call.dtype)
+        generator = torch.Generator(call.device).manual_seed(0)
+        shape = (call.out_features, call.in_features)
+        dense = torch.randn(shape, generator=generator, device=call.device).to(call.dtype)
         mask = top_n_mask(dense.float().abs(), NMPattern(2, 4))
         values, ids = pack_24(dense, mask)
         scale = None
@@ -117,7 +120,7 @@ class Copies:
         weight = Weight24(values, ids, scale)
         smallest = sum(tensor.nbytes for tensor in weight.tensors if tensor is not None)
         wanted = 1 + round(1.5 * cache_bytes(call.device)) // smallest
-        count = max(2, min(wanted, _LARGEST_COPIES // (smallest + dense.nbytes)))
+        count = max(2, min(wanted, _MOST_COPIES, _LARGEST_COPIES // (smallest + dense.nbytes)))
         self.dense = [dense.to(call.device, copy=True) for _ in range(count)]
         self.packed = [
             Weight24(*(None if tensor is None else tensor.to(call.device, copy=True) for tensor in weight.tensors))
@@ -128,6 +131,16 @@ class Copies:
 
     def __len__(self) -> int:
         return len(self.dense)
+
+
+@lru_cache(maxsize=1)  # calls on one weight with several token counts follow each other
+def _copies(one_token: Call24) -> Copies:
+    return Copies(one_token)
+
+
+def copies_of(call: Call24) -> Copies:
+    """`Copies` for a call, the last ones again if they fit."""
+    return _copies(replace(call, tokens=1))
 
 
 def interleave(

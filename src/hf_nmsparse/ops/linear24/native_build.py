@@ -34,7 +34,7 @@ def native_library() -> ctypes.CDLL | None:
         logger.warning("NMSPARSE_NATIVE=0: packed layers on the CPU are unpacked for each call")
         return None
     try:
-        return load(build("native"))
+        return load(build("-march=native"))
     except (OSError, subprocess.SubprocessError) as error:
         detail = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         logger.warning(
@@ -45,11 +45,11 @@ def native_library() -> ctypes.CDLL | None:
         return None
 
 
-def build(architecture: str) -> Path:
+def build(*architecture: str) -> Path:
     """Compile the kernels, unless that was done before, and return the library.
 
     Args:
-        architecture (`str`): of `-march`; "native" is this machine.
+        architecture (`str`): flags that say what instructions to use.
 
     Raises:
         OSError: if there is no compiler or the cache cannot be written.
@@ -59,8 +59,8 @@ def build(architecture: str) -> Path:
     if compiler is None:
         raise OSError("no C++ compiler found")
     sources = sorted([*SOURCE_FOLDER.glob("*.cpp"), *SOURCE_FOLDER.glob("*.inc")])
-    flags = (*_FLAGS, f"-march={architecture}")
-    key = hashlib.sha256(repr((flags, compiler, platform.machine(), _instructions())).encode())
+    flags = (*_FLAGS, *architecture)
+    key = hashlib.sha256(repr((flags, compiler, platform.machine(), processor_flags())).encode())
     for source in sources:
         key.update(source.read_bytes())
     library = cache_folder() / "native" / f"linear24-{key.hexdigest()[:16]}.so"
@@ -96,8 +96,8 @@ def load(library: Path) -> ctypes.CDLL:
     return loaded
 
 
-def _instructions() -> str:
-    """What this processor can do, so that machines that share a home folder do not share a library."""
+def processor_flags() -> str:
+    """What this processor can do. (Machines that share a home folder must not share a library.)"""
     try:
         with open("/proc/cpuinfo") as file:
             return next((line for line in file if line.startswith(("flags", "Features"))), "")
