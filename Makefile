@@ -42,7 +42,7 @@ gpu-check:
 	PYTHONPATH=src:$$PYTHONPATH $(PYTHON) -m pytest -m gpu -p no:cacheprovider
 	PYTHONPATH=src:$$PYTHONPATH $(PYTHON) benchmarks/masks.py --device cuda --output $(RESULTS)/masks-cuda.json
 	PYTHONPATH=src:$$PYTHONPATH $(PYTHON) benchmarks/linear.py --device cuda --tune --rounds 20 --output $(RESULTS)/linear-cuda.json
-	PYTHONPATH=src:$$PYTHONPATH $(PYTHON) benchmarks/generate.py --device cuda --random-llama 8b --memory low --rounds 3 --output $(RESULTS)/generate-cuda.json
+	PYTHONPATH=src:$$PYTHONPATH $(PYTHON) benchmarks/generate.py --device cuda --random-llama 8b --memory low --values dense int4 --rounds 3 --agreement-tokens 0 --output $(RESULTS)/generate-cuda.json
 
 clean:
 	rm -rf $(VENV) demo build dist .pytest_cache .ruff_cache

@@ -4,9 +4,11 @@
     python benchmarks/generate.py                                   # SmolLM2-135M-Instruct on the CPU, 5 minutes on 2 cores
     python benchmarks/generate.py --device cuda --random-llama 8b   # a random model of Llama-3-8B's shapes, static cache
 
-Runs of the models alternate. The masks are magnitude's: speed does not depend on which weights are kept. "Agreement" is the
-share of held-out tokens for which the packed model and the same model unpacked choose the same next token, given the same
-text before it, one token at a time through the cache, so that the kernels for few tokens are the ones compared.
+Runs of the models alternate. Masks are Wanda's (magnitude's for a random model). "Agreement" is the share of held-out tokens
+for which the packed model and the same model unpacked choose the same next token, given the same text before it, one token
+at a time through the cache, so that the kernels for few tokens are the ones compared. In bfloat16 the order of a sum decides
+between near-equal logits, so beside it stands how often the unpacked model agrees with itself when it reads the text in one
+piece, and the agreement of both in float32.
 """
 
 import argparse
@@ -20,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import hf_nmsparse as nms
 from hf_nmsparse.cli.assets import demo_text, smollm2
+from hf_nmsparse.data import tokenize, windows
 from hf_nmsparse.ops.linear24.measure import ratio_interval
 
 LLAMA_8B = {
@@ -42,14 +45,36 @@ def models_of(arguments: argparse.Namespace) -> tuple[dict[str, torch.nn.Module]
     else:
         folder = smollm2()
         masked = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval().to(arguments.device)
-        ids = AutoTokenizer.from_pretrained(folder)(demo_text("test"), return_tensors="pt").input_ids
-        ids = ids[:, :1024].to(arguments.device)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        ids = tokenize(demo_text("test"), tokenizer)[None, :1024].to(arguments.device)
+        calibration = windows(tokenize(demo_text("train"), tokenizer), 512, samples=8)
     dense = copy.deepcopy(masked)
-    nms.prune(masked, "magnitude", progress=False)
+    if arguments.random_llama:
+        nms.prune(masked, "magnitude", progress=False)
+    else:
+        nms.prune(masked, "wanda", calibration=calibration, progress=False)
     packed = {
         kind: nms.compress(copy.deepcopy(masked), values=kind, memory=arguments.memory) for kind in arguments.values
     }
     return {"dense model": dense, **packed}, ids
+
+
+def agreement(packed: torch.nn.Module, ids: torch.Tensor) -> dict[str, float]:
+    """How often a packed model chooses as its unpacked form does; unpacks it."""
+    found = {"bfloat16": chosen_tokens(packed, ids), "float32": chosen_tokens(copy.deepcopy(packed).float(), ids)}
+    unpacked = nms.decompress(packed)
+    with torch.inference_mode():
+        in_one_piece = unpacked(ids).logits[0].argmax(-1)
+    expected = chosen_tokens(unpacked, ids)
+
+    def share(one: torch.Tensor, other: torch.Tensor) -> float:
+        return (one == other).float().mean().item()
+
+    return {
+        "agreement": share(found["bfloat16"], expected),
+        "agreement_of_unpacked_with_itself": share(in_one_piece, expected),
+        "agreement_float32": share(found["float32"], chosen_tokens(unpacked.float(), ids)),
+    }
 
 
 @torch.inference_mode()
@@ -108,9 +133,8 @@ def main() -> None:
         row = {"model": name, "tokens_per_second": statistics.median(speeds[name])}
         if name != "dense model":
             row |= {"speedup": ratio, "speedup_low": low, "speedup_high": high}
-            text = ids[:, : arguments.agreement_tokens]
-            mine = chosen_tokens(model, text)
-            row["agreement"] = (mine == chosen_tokens(nms.decompress(model), text)).float().mean().item()
+            if name == "dense" and arguments.agreement_tokens:
+                row |= agreement(model, ids[:, : arguments.agreement_tokens])
         rows.append(row)
         print(row, flush=True)
     content = {"rows": rows, "arguments": {k: v for k, v in vars(arguments).items() if k != "output"}}

@@ -102,7 +102,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     calls = calls_of(arguments)
     if arguments.tune:
-        print("times for this machine:", tune(calls, arguments.rounds, lambda m: print(m.row(), flush=True)))
+        print("times for this machine:", tune(calls, min(arguments.rounds, 12), lambda m: print(m.row(), flush=True)))
     roofline = measure_roofline(calls[0].device, calls[0].dtype)
     rows: list[LayerSpeed] = []
     for call in calls:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import hf_nmsparse as nms
 from hf_nmsparse import NMPattern, ops
-from hf_nmsparse.ops.linear24 import cpu, native_build, tables
+from hf_nmsparse.ops.linear24 import cpu, machine, native_build
 
 BUILDS = {
     "native": ("-march=native",),
@@ -29,7 +29,7 @@ TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 def build(request, monkeypatch):
     """The kernels compiled for one instruction set take the place of those of this machine."""
     flags = BUILDS[request.param]
-    if request.param == "avx2" and "avx2" not in native_build.processor_flags():
+    if request.param == "avx2" and "avx2" not in machine.processor_flags():
         pytest.skip("this processor has no AVX2")
     try:
         library = native_build.load(native_build.build(*flags))
@@ -200,7 +200,7 @@ for path in sys.argv[1:]:
 def test_damaged_ids_and_odd_sizes_never_reach_beyond_a_tensor():
     libraries = []
     for name, flags in BUILDS.items():
-        if name != "avx2" or "avx2" in native_build.processor_flags():
+        if name != "avx2" or "avx2" in machine.processor_flags():
             try:
                 libraries.append(str(native_build.build(*flags)))
             except (OSError, subprocess.SubprocessError):
@@ -240,7 +240,7 @@ def test_the_library_is_compiled_once(monkeypatch, tmp_path):
     monkeypatch.setattr(
         native_build, "_compile", lambda *given: compiled.append(given) or Path(given[-1]).write_bytes(b"")
     )
-    (tables.cache_folder() / "native").mkdir(parents=True)
+    (machine.cache_folder() / "native").mkdir(parents=True)
     assert native_build.build("-march=native") == native_build.build("-march=native")
     assert len(compiled) == 1
 

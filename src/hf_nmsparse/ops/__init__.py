@@ -37,7 +37,9 @@ from .linear24 import (
     forget_choices,
     kernels_for,
     linear_24,
+    measured_times,
     register_kernel,
+    unpack_weight,
 )
 from .mask_sampling import hard_codes, mask_certainty, masked_weight, soft_mask
 from .philox import NoiseKey
@@ -76,6 +78,7 @@ __all__ = [
     "mask_certainty",
     "mask_to_codes",
     "masked_weight",
+    "measured_times",
     "pack_24",
     "pack_bits",
     "pack_codes",
@@ -90,4 +93,5 @@ __all__ = [
     "unpack_bits",
     "unpack_codes",
     "unpack_nibbles",
+    "unpack_weight",
 ]

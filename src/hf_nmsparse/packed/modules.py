@@ -27,18 +27,20 @@ class SparseLinear24(nn.Linear):
 
     It computes `y = x W^T + b + branch(x)`, W the 2:4 weight and branch the optional side branch (SLoRB, low rank).
 
-    With `memory="fast"` the dense weight is unpacked once and kept beside the packed one. It is no part of the state
-    dict, of copies or of pickles, and is unpacked anew when the packed tensors are replaced or changed in place. Only a
-    write through `.data` cannot be seen; set `memory` again after one. The kept copy is not used while `weight` needs a
-    gradient or under `torch.compile`, and is made from the second call on the same tensors, so that layers whose
-    tensors are brought in for each call (offloading) do not pile up dense copies.
+    Which kernel computes a call is chosen by device, dtype, shape and tokens (docs/KERNELS.md); `hf_nmsparse.explain` says
+    which. All read the packed tensors as they are. With `memory="low"` nothing else is held. With `memory="fast"` the dense
+    product of torch is a candidate too: the first time it is the faster one, the weight is unpacked and kept beside the
+    packed one. The copy is no part of the state dict, of copies or of pickles, and is made anew when the packed tensors are
+    replaced or changed in place. Only a write through `.data` cannot be seen; set `memory` again after one. It is not used
+    while `weight` needs a gradient or under `torch.compile`, and is made from the second call on the same tensors, so that
+    layers whose tensors are brought in for each call (offloading) do not pile up dense copies.
 
     Args:
         in_features (`int`): a multiple of 8.
         out_features (`int`): rows of the weight.
         bias (`bool`, defaults to `True`): whether there is a bias `[out]`.
         device, dtype: as for `nn.Linear`.
-        memory (`str`, *optional*): "fast" or "low" (unpack at each call); `None`: "fast" on the CPU, "low" elsewhere.
+        memory (`str`, *optional*): "fast" or "low", see above; `None`: "fast" on the CPU, "low" elsewhere.
         slorb_block (`int`, *optional*): k, inputs per block of a SLoRB term beside the weight.
         low_rank (`int`, *optional*): r, rank of a low-rank term beside the weight.
         values (`str`, defaults to `"dense"`): how kept weights are held: "dense", "int8" or "int4".
@@ -275,10 +277,12 @@ class SparseLinear24(nn.Linear):
         weight, kernel = self.weight24, None
         if weight.memo is not None and self.memory == "fast":
             # With a gradient to x the backward pass would unpack the weight.
-            if not (torch.is_grad_enabled() and x.requires_grad):
-                kernel = ops.choose_for(x, weight, dense_at_hand=True)
+            trains = torch.is_grad_enabled() and x.requires_grad
+            kernel = None if trains else ops.choose_for(x, weight, dense_at_hand=True)
             if kernel is None and self._may_keep_dense(weight):
                 dense = self._kept_dense(weight)
+                if dense is None and not trains:
+                    dense = ops.unpack_weight(weight)  # for this call alone; the numbers are those of the next ones
                 if dense is not None:
                     return F.linear(x, dense, self.bias)
         return ops.linear_24(x, weight, self.bias, kernel)
@@ -317,8 +321,8 @@ class SparseLinear24(nn.Linear):
             return None
         if self._kept.dense is None:
             # Made in inference mode it could not take part in training of what lies before or beside this layer.
-            with torch.inference_mode(False), torch.no_grad():
-                self._kept.dense = self.sparse_weight()
+            with torch.inference_mode(False):
+                self._kept.dense = ops.unpack_weight(weight)
         return self._kept.dense
 
     def _apply(self, fn, recurse=True):

@@ -88,6 +88,13 @@ def unpack_on_cpu(weight: Weight24) -> torch.Tensor:
     return dense
 
 
+@torch.no_grad()
+def unpack_weight(weight: Weight24) -> torch.Tensor:
+    """`weight.dense()` without gradients, in C++ where that can be had."""
+    plain = weight.device.type == "cpu" and weight.dtype in _TYPES and native_library() is not None
+    return unpack_on_cpu(weight) if plain else weight.dense()
+
+
 def _linear_unpacked(x: torch.Tensor, weight: Weight24, bias: torch.Tensor | None) -> torch.Tensor:
     return F.linear(x, unpack_on_cpu(weight), bias)
 

@@ -17,7 +17,7 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 
-from .tables import cache_folder, cpu_name
+from .machine import cache_folder, processor_flags
 
 logger = logging.getLogger(__name__)
 
@@ -94,12 +94,3 @@ def load(library: Path) -> ctypes.CDLL:
     loaded.nmsparse_linear24.argtypes = [*[_POINTER] * 4, _LONG, _INTEGER]
     loaded.nmsparse_unpack24.argtypes = [_POINTER, _POINTER, _INTEGER]
     return loaded
-
-
-def processor_flags() -> str:
-    """What this processor can do. (Machines that share a home folder must not share a library.)"""
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next((line for line in file if line.startswith(("flags", "Features"))), "")
-    except OSError:
-        return cpu_name()

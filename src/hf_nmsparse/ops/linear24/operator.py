@@ -32,7 +32,7 @@ def linear_24(
         RuntimeError: if dtypes or shapes do not fit, as `torch.nn.functional.linear` does.
     """
     values, scale = weight.values, weight.scale
-    if torch.is_autocast_enabled(x.device.type):
+    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x = _autocast(x, dtype)
         values, scale, bias = (None if t is None else _autocast(t, dtype) for t in (values, scale, bias))

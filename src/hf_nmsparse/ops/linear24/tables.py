@@ -16,6 +16,8 @@ import torch
 
 from ...errors import FormatError
 from .call import Call24
+from .machine import cache_folder, cpu_name
+from .native_build import native_library
 
 logger = logging.getLogger(__name__)
 
@@ -23,11 +25,6 @@ DENSE = "dense"
 TABLE_VERSION = 1
 _SHIPPED = Path(__file__).parent / "tables"
 _FARTHEST = 2.0  # in doublings of out_features, in_features and tokens together
-
-
-def cache_folder() -> Path:
-    """Where tables and compiled kernels of this user lie; NMSPARSE_CACHE moves it."""
-    return Path(os.environ.get("NMSPARSE_CACHE") or Path.home() / ".cache" / "hf_nmsparse")
 
 
 def tuned_folder() -> Path:
@@ -39,13 +36,15 @@ def tuned_folder() -> Path:
 def machine_of(device: torch.device, threads: int) -> dict[str, str | int]:
     """What must agree for times measured elsewhere to hold here.
 
-    For a GPU its name and compute capability, for a CPU its name, its instruction set and the threads that torch uses.
+    For a GPU its name and compute capability, for a CPU its name, what the C++ kernels use of it, and torch's threads.
     """
     if device.type == "cuda":
         capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
         return {"device": torch.cuda.get_device_name(device), "capability": capability}
     if device.type == "cpu":
-        return {"device": cpu_name(), "capability": torch.backends.cpu.get_cpu_capability(), "threads": threads}
+        library = native_library()
+        instructions = "none" if library is None else library.nmsparse_instructions().decode()
+        return {"device": cpu_name(), "capability": instructions, "threads": threads}
     return {"device": device.type}
 
 
@@ -150,14 +149,3 @@ def _distance(row: dict, call: Call24) -> float:
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def cpu_name() -> str:
-    """The processor as it calls itself."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        import platform  # slow on some systems, and only where /proc does not say
-
-        return platform.processor() or platform.machine()
