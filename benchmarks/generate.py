@@ -35,8 +35,10 @@ LLAMA_8B = {
 }
 
 
-def models_of(arguments: argparse.Namespace) -> tuple[dict[str, torch.nn.Module], torch.Tensor]:
-    """Dense model and packed ones by kind of values; the token ids of a held-out text, `[1, n]`."""
+def models_of(
+    arguments: argparse.Namespace,
+) -> tuple[dict[str, torch.nn.Module], torch.nn.Module, torch.Tensor]:
+    """Dense model and packed ones by kind of values; the masked model; the token ids of a held-out text, `[1, n]`."""
     if arguments.random_llama:
         torch.manual_seed(0)
         with torch.device(arguments.device):
@@ -56,24 +58,24 @@ def models_of(arguments: argparse.Namespace) -> tuple[dict[str, torch.nn.Module]
     packed = {
         kind: nms.compress(copy.deepcopy(masked), values=kind, memory=arguments.memory) for kind in arguments.values
     }
-    return {"dense model": dense, **packed}, ids
+    return {"dense model": dense, **packed}, masked, ids
 
 
-def agreement(packed: torch.nn.Module, ids: torch.Tensor) -> dict[str, float]:
-    """How often a packed model chooses as its unpacked form does; unpacks it."""
-    found = {"bfloat16": chosen_tokens(packed, ids), "float32": chosen_tokens(copy.deepcopy(packed).float(), ids)}
-    unpacked = nms.decompress(packed)
+def agreement(packed: torch.nn.Module, masked: torch.nn.Module, ids: torch.Tensor) -> dict[str, float]:
+    """How often a packed model chooses as the masked model does that it was made from."""
+    expected = chosen_tokens(masked, ids)
     with torch.inference_mode():
-        in_one_piece = unpacked(ids).logits[0].argmax(-1)
-    expected = chosen_tokens(unpacked, ids)
+        in_one_piece = masked(ids).logits[0].argmax(-1)
+    exact = copy.deepcopy(masked).float()
+    exact_choice = chosen_tokens(exact, ids)
 
     def share(one: torch.Tensor, other: torch.Tensor) -> float:
         return (one == other).float().mean().item()
 
     return {
-        "agreement": share(found["bfloat16"], expected),
+        "agreement": share(chosen_tokens(packed, ids), expected),
         "agreement_of_unpacked_with_itself": share(in_one_piece, expected),
-        "agreement_float32": share(found["float32"], chosen_tokens(unpacked.float(), ids)),
+        "agreement_float32": share(chosen_tokens(nms.compress(exact), ids), exact_choice),
     }
 
 
@@ -119,7 +121,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    models, ids = models_of(arguments)
+    models, masked, ids = models_of(arguments)
     prompt = ids[:, : arguments.prompt_tokens]
     speeds: dict[str, list[float]] = {name: [] for name in models}
     for round_number in range(arguments.rounds + 1):
@@ -134,7 +136,7 @@ def main() -> None:
         if name != "dense model":
             row |= {"speedup": ratio, "speedup_low": low, "speedup_high": high}
             if name == "dense" and arguments.agreement_tokens:
-                row |= agreement(model, ids[:, : arguments.agreement_tokens])
+                row |= agreement(model, masked, ids[:, : arguments.agreement_tokens])
         rows.append(row)
         print(row, flush=True)
     content = {"rows": rows, "arguments": {k: v for k, v in vars(arguments).items() if k != "output"}}
