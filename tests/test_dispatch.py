@@ -121,6 +121,8 @@ def test_times_of_another_machine_are_not_used():
         "[]",
         '{"version": 9, "machine": {}, "rows": []}',
         '{"version": 1, "machine": {}, "rows": [{"shape": [1, 2]}]}',
+        '{"version": 1, "machine": {}, "rows": [{"shape": 5}]}',
+        "[" * 100_000,
         '{"version": 1, "machine": {}, "rows": [{"shape": [8, 8], "tokens": 1, "dtype": "float64", "values": "dense", '
         '"product": "forward", "milliseconds": {"first": -1}}]}',
     ],
@@ -230,3 +232,103 @@ def test_bench_refuses_wrong_arguments_in_one_line(arguments, message):
     result = CliRunner().invoke(app, ["bench", *arguments])
     assert result.exit_code == 2
     assert message in result.stderr and "Traceback" not in result.stderr
+
+
+def packed_layer(values="dense", input_scale=None, dtype=torch.bfloat16):
+    linear = torch.nn.Linear(32, 16, dtype=dtype)
+    mask = ops.top_n_mask(linear.weight.detach().float().abs(), NMPattern("2:4"))
+    return nms.SparseLinear24.from_linear(linear, mask, values=values, input_scale=input_scale)
+
+
+def test_fake_tensors_are_never_taken_for_real_ones():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    packed, x = packed_layer(), torch.randn(1, 32).bfloat16()
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        y = packed(x)
+    assert type(y) is not torch.Tensor and y.shape == (1, 16)
+
+
+def test_what_watches_calls_sees_an_operator():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        seen = ()
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            Watch.seen += (str(function),)
+            return function(*args, **(kwargs or {}))
+
+    packed, x = packed_layer(), torch.randn(1, 32).bfloat16()
+    with Watch(), torch.no_grad():
+        watched = packed(x)
+    assert "nmsparse.linear_24.default" in Watch.seen
+    with torch.no_grad():
+        torch.testing.assert_close(watched, packed(x))
+
+
+def test_quantised_layers_with_input_scales_run_under_autocast():
+    packed = packed_layer("int4", torch.rand(32) + 0.5, torch.float32)
+    x = torch.randn(3, 32)
+    for memory in ("low", "fast"):
+        packed.memory = memory
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = packed(x)
+        torch.testing.assert_close(y.float(), packed(x), rtol=3e-2, atol=3e-2)
+
+
+def test_parametrized_and_replicated_layers_compute():
+    from torch.nn.utils import parametrize
+
+    packed, x = packed_layer(), torch.randn(2, 32).bfloat16()
+    with torch.no_grad():
+        expected = packed(x)
+        replica = packed._replicate_for_data_parallel()
+        for name, parameter in packed._parameters.items():  # as torch.nn.parallel.replicate does
+            setattr(replica, name, None if parameter is None else parameter.detach().clone())
+        torch.testing.assert_close(replica(x), expected)
+
+        class Twice(torch.nn.Module):
+            def forward(self, weight):
+                return 2 * weight
+
+        parametrize.register_parametrization(packed, "weight", Twice())
+        torch.testing.assert_close(packed(x) - packed.bias, 2 * (expected - packed.bias), rtol=3e-2, atol=3e-2)
+
+
+def test_a_first_call_without_tokens_and_a_layer_without_rows():
+    import threading
+
+    results = []
+    packed = packed_layer()
+
+    def call_it():  # a fresh thread has no memory of earlier calls
+        with torch.no_grad():
+            results.append(packed(torch.empty(0, 32).bfloat16()).shape)
+
+    thread = threading.Thread(target=call_it)
+    thread.start()
+    thread.join()
+    assert results == [(0, 16)]
+    empty = ops.Weight24(torch.empty(0, 16).bfloat16(), torch.empty(0, 4, dtype=torch.uint8))
+    assert ops.linear_24(torch.ones(2, 32).bfloat16(), empty).shape == (2, 0)
+
+
+def test_a_memo_notices_another_shape_at_the_same_address():
+    packed, x = packed_layer(), torch.randn(1, 32).bfloat16()
+    with torch.no_grad():
+        packed(x)
+        whole = packed(x)
+        for parameter in (packed.weight, packed.weight_idx, packed.bias):
+            parameter.data = parameter.data[:8]
+        packed.out_features = 8
+        torch.testing.assert_close(packed(x), whole[:, :8])
+
+
+def test_a_refused_input_leaves_no_choice_behind(two_kernels):
+    weight = torch.randn(64, 64, dtype=torch.float64)
+    packed = ops.Weight24(*ops.pack_24(weight, ops.top_n_mask(weight.abs(), NMPattern("2:4"))))
+    packed.memo = ops.Memo24(packed)
+    with pytest.raises(RuntimeError, match="in_features=64"):
+        ops.linear_24(torch.randn(1, 640, dtype=torch.float64), packed)
+    assert not packed.memo.choices

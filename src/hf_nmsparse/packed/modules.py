@@ -16,6 +16,7 @@ from .layers import dense_weight, is_conv1d
 from .weights import PATTERN, check_input_scale, check_value_kind, num_scales, pack_masked, weight_tensors
 
 MEMORY_MODES = ("fast", "low")
+_WEIGHT_LEAVES = ("weight", "weight_idx", "weight_scale", "weight_input_scale")  # as `Weight24` takes them
 _FIRST_TWO_OF_EACH_GROUP = 0b01_00_01_00
 
 
@@ -248,10 +249,11 @@ class SparseLinear24(nn.Linear):
     def weight24(self) -> ops.Weight24:
         """The tensors of the 2:4 weight, as the kernels take them."""
         tensors = self._parameters
-        weight = ops.Weight24(
-            *(tensors[leaf] for leaf in ("weight", "weight_idx", "weight_scale", "weight_input_scale"))
-        )
-        if torch.compiler.is_compiling():
+        try:
+            weight = ops.Weight24(*[tensors[leaf] for leaf in _WEIGHT_LEAVES])
+        except KeyError:  # parametrized, or a replica: torch keeps them elsewhere
+            return ops.Weight24(*[getattr(self, leaf, None) for leaf in _WEIGHT_LEAVES])
+        if not ops.is_plain_eager(*weight.tensors):
             return weight
         if self._memo is None or not self._memo.is_of(weight):
             # Only of plain parameters: wrapped ones have no address, and others come and go with each call.
@@ -276,10 +278,11 @@ class SparseLinear24(nn.Linear):
     def _sparse_forward(self, x: torch.Tensor) -> torch.Tensor:
         weight, kernel = self.weight24, None
         if weight.memo is not None and self.memory == "fast":
+            may_keep = self._may_keep_dense(weight)
             # With a gradient to x the backward pass would unpack the weight.
             trains = torch.is_grad_enabled() and x.requires_grad
             kernel = None if trains else ops.choose_for(x, weight, dense_at_hand=True)
-            if kernel is None and self._may_keep_dense(weight):
+            if kernel is None and may_keep:
                 dense = self._kept_dense(weight)
                 if dense is None and not trains:
                     dense = ops.unpack_weight(weight)  # for this call alone; the numbers are those of the next ones
@@ -292,7 +295,8 @@ class SparseLinear24(nn.Linear):
         """The mode in force: what was set, else "fast" on the CPU and "low" elsewhere."""
         if self._memory is not None:
             return self._memory
-        return "fast" if self._parameters["weight_idx"].device.type == "cpu" else "low"
+        ids = self._parameters.get("weight_idx")
+        return "fast" if (self.weight_idx if ids is None else ids).device.type == "cpu" else "low"
 
     @memory.setter
     def memory(self, mode: str | None) -> None:
@@ -330,7 +334,12 @@ class SparseLinear24(nn.Linear):
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict:
-        return {**super().__getstate__(), "_kept": None, "_memo": None}
+        return {**self.__dict__, "_kept": None, "_memo": None}
+
+    def _replicate_for_data_parallel(self) -> SparseLinear24:
+        replica = super()._replicate_for_data_parallel()
+        replica._kept = replica._memo = None
+        return replica
 
     def extra_repr(self) -> str:
         extra = f"{super().extra_repr()}, sparsity={PATTERN}, memory={self.memory}"

@@ -4,6 +4,7 @@
 from .call import FORWARD, INPUT_GRADIENT, Call24
 from .cpu import NATIVE, NATIVE_UNPACKED, NATIVE_UNPACKED_INPUT_GRADIENT, unpack_weight
 from .dispatch import Kernel24, choose_for, choose_kernel, forget_choices, kernels_for, register_kernel
+from .eager import is_plain_eager
 from .nvidia import DECODE, GEMM
 from .operator import linear_24
 from .portable import PORTABLE
@@ -39,6 +40,7 @@ __all__ = [
     "choose_for",
     "choose_kernel",
     "forget_choices",
+    "is_plain_eager",
     "kernels_for",
     "linear_24",
     "measured_times",

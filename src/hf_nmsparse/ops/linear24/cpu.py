@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from .call import FORWARD, INPUT_GRADIENT, Call24
 from .dispatch import Kernel24
+from .eager import is_plain_eager
 from .native_build import native_library
 from .weight import VALUE_KINDS, Weight24
 
@@ -65,6 +66,8 @@ def _linear(x: torch.Tensor, weight: Weight24, bias: torch.Tensor | None) -> tor
     prepared, pointer, _copies = _prepare(weight)
     out_features = prepared.out_features
     y = x.new_empty(*x.shape[:-1], out_features)
+    if y.numel() == 0:
+        return y
     if bias is not None:
         bias = bias.contiguous()
     failed = native_library().nmsparse_linear24(
@@ -91,8 +94,8 @@ def unpack_on_cpu(weight: Weight24) -> torch.Tensor:
 @torch.no_grad()
 def unpack_weight(weight: Weight24) -> torch.Tensor:
     """`weight.dense()` without gradients, in C++ where that can be had."""
-    plain = weight.device.type == "cpu" and weight.dtype in _TYPES and native_library() is not None
-    return unpack_on_cpu(weight) if plain else weight.dense()
+    in_reach = weight.device.type == "cpu" and weight.dtype in _TYPES and is_plain_eager(*weight.tensors)
+    return unpack_on_cpu(weight) if in_reach and native_library() is not None else weight.dense()
 
 
 def _linear_unpacked(x: torch.Tensor, weight: Weight24, bias: torch.Tensor | None) -> torch.Tensor:

@@ -81,7 +81,7 @@ def choose_for(
 ) -> Kernel24 | None:
     """`choose_kernel` for the call that multiplies `x` by `weight`; remembered in the memo of the weight."""
     memo = weight.memo
-    if memo is None:
+    if memo is None or x.dim() == 0 or x.shape[-1] != memo.in_features or _is_capturing(memo.device):
         return choose_kernel(Call24.of(x, weight, product), dense_at_hand)
     key = (x.numel(), x.dtype, product, dense_at_hand, _generation, torch.get_num_threads())
     if key not in memo.choices:
@@ -89,3 +89,8 @@ def choose_for(
             memo.choices.clear()
         memo.choices[key] = choose_kernel(Call24.of(x, weight, product), dense_at_hand)
     return memo.choices[key]
+
+
+def _is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured: some kernels cannot take part, and what is chosen then is no rule."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

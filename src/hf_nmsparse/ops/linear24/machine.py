@@ -8,8 +8,16 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """Where tables and compiled kernels of this user lie; NMSPARSE_CACHE moves it."""
-    return Path(os.environ.get("NMSPARSE_CACHE") or Path.home() / ".cache" / "hf_nmsparse")
+    """Where tables and compiled kernels of this user lie; NMSPARSE_CACHE moves it.
+
+    Raises:
+        OSError: if this user has no home.
+    """
+    named = os.environ.get("NMSPARSE_CACHE")
+    try:
+        return Path(named) if named else Path.home() / ".cache" / "hf_nmsparse"
+    except RuntimeError as error:
+        raise OSError(f"{error} name a cache folder with NMSPARSE_CACHE") from error
 
 
 def cpu_name() -> str:

@@ -280,15 +280,15 @@ def tune(calls: Iterable[Call24], rounds: int = 30, progress: Callable[[Measurem
         the table's path; rows of other calls that it held stay.
     """
     rows: dict[tuple, dict] = {}
-    machine = None
+    machine = path = None
     for call in calls:
         machine = machine or machine_of(call.device, torch.get_num_threads())
         measurement = measure_kernels(call, rounds)
         row = measurement.row()
         rows[row_key(row)] = row
+        path = write_tuned(machine, rows)  # after each: whoever stops keeps what was measured
         if progress is not None:
             progress(measurement)
-    path = write_tuned(machine, rows)
     forget_tables()
     forget_choices()
     return path

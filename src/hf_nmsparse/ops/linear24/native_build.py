@@ -60,23 +60,28 @@ def build(*architecture: str) -> Path:
         raise OSError("no C++ compiler found")
     sources = sorted([*SOURCE_FOLDER.glob("*.cpp"), *SOURCE_FOLDER.glob("*.inc")])
     flags = (*_FLAGS, *architecture)
-    key = hashlib.sha256(repr((flags, compiler, platform.machine(), processor_flags())).encode())
+    runtime = _runtime(compiler)
+    key = hashlib.sha256(repr((flags, runtime, compiler, platform.machine(), processor_flags())).encode())
     for source in sources:
         key.update(source.read_bytes())
     library = cache_folder() / "native" / f"linear24-{key.hexdigest()[:16]}.so"
     if not library.exists():
-        _compile(compiler, flags, library)
+        _compile(compiler, flags, runtime, library)
     return library
 
 
-def _compile(compiler: str, flags: tuple[str, ...], library: Path) -> None:
+def _runtime(compiler: str) -> tuple[str, ...]:
+    """What to link for OpenMP. Torch has a runtime loaded; a second one beside it would have its own, competing threads."""
+    wanted = "__kmpc_fork_call" if "clang" in Path(compiler).name else "GOMP_parallel"
+    return () if hasattr(ctypes.CDLL(None), wanted) else ("-fopenmp",)
+
+
+def _compile(compiler: str, flags: tuple[str, ...], runtime: tuple[str, ...], library: Path) -> None:
     logger.info("compiling the CPU kernels, once: %s", library)
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         object_file, made = Path(folder) / "linear24.o", Path(folder) / "linear24.so"
         compile_it = [compiler, *flags, "-c", str(SOURCE_FOLDER / "linear24.cpp"), "-o", str(object_file)]
-        # Torch has an OpenMP runtime loaded; a second one beside it would have its own, competing threads.
-        runtime = [] if hasattr(ctypes.CDLL(None), "GOMP_parallel") else ["-fopenmp"]
         link_it = [compiler, "-shared", str(object_file), *runtime, "-o", str(made)]
         for command in (compile_it, link_it):
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS)

@@ -11,6 +11,7 @@ import torch
 from ...codec import columns_of_24
 from .call import FORWARD, INPUT_GRADIENT
 from .dispatch import Kernel24, choose_for
+from .eager import is_plain_eager
 from .weight import Weight24
 
 
@@ -31,16 +32,17 @@ def linear_24(
     Raises:
         RuntimeError: if dtypes or shapes do not fit, as `torch.nn.functional.linear` does.
     """
-    values, scale = weight.values, weight.scale
+    values, scale, input_scale = weight.values, weight.scale, weight.input_scale
     if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x = _autocast(x, dtype)
-        values, scale, bias = (None if t is None else _autocast(t, dtype) for t in (values, scale, bias))
-    elif type(x) is torch.Tensor and not _needs_gradient(x, values, bias) and not torch.compiler.is_compiling():
+        operands = (values, scale, input_scale, bias)
+        values, scale, input_scale, bias = (None if t is None else _autocast(t, dtype) for t in operands)
+    elif not _needs_gradient(x, values, bias) and is_plain_eager(x, bias, *weight.tensors):
         # Nothing for the dispatcher of torch to do, and going through it costs more than a small layer.
         _check_operands(x, weight, bias)
         return _run(x, weight, bias, FORWARD, kernel)
-    return _linear_24(x, values, weight.ids, bias, scale, weight.input_scale)
+    return _linear_24(x, values, weight.ids, bias, scale, input_scale)
 
 
 def _autocast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 DENSE = "dense"
 TABLE_VERSION = 1
 _SHIPPED = Path(__file__).parent / "tables"
+_LARGEST_SIZE = 1 << 40
 _FARTHEST = 2.0  # in doublings of out_features, in_features and tokens together
 
 
@@ -51,13 +52,14 @@ def machine_of(device: torch.device, threads: int) -> dict[str, str | int]:
 def measured_times(call: Call24) -> dict[str, float]:
     """Milliseconds by kernel name in the measured call that is nearest to this one; empty if none is near."""
     machine = machine_of(call.device, torch.get_num_threads())
-    rows = [row for table in _tables() if table["machine"] == machine for row in table["rows"]]
     same = (_short(call.dtype), call.kind, call.product)
-    rows = [row for row in rows if (row["dtype"], row["values"], row["product"]) == same]
-    nearest = min(rows, key=lambda row: _distance(row, call), default=None)
-    if nearest is None or _distance(nearest, call) > _FARTHEST:
-        return {}
-    return nearest["milliseconds"]
+    for tables in _tables():  # tuned ones first
+        rows = [row for table in tables if table["machine"] == machine for row in table["rows"]]
+        rows = [row for row in rows if (row["dtype"], row["values"], row["product"]) == same]
+        nearest = min(rows, key=lambda row: _distance(row, call), default=None)
+        if nearest is not None and _distance(nearest, call) <= _FARTHEST:
+            return nearest["milliseconds"]
+    return {}
 
 
 def row_key(row: dict) -> tuple:
@@ -100,10 +102,14 @@ def forget_tables() -> None:
 
 
 @lru_cache(maxsize=1)
-def _tables() -> tuple[dict, ...]:
-    """Tuned tables before shipped ones: of two rows that are equally near the first holds."""
-    paths = [*sorted(tuned_folder().glob("*.json")), *sorted(_SHIPPED.glob("*.json"))]
-    return tuple(table for path in paths if (table := _read(path)) is not None)
+def _tables() -> tuple[list[dict], list[dict]]:
+    """Tables that this user tuned, and shipped ones."""
+    try:
+        tuned = sorted(tuned_folder().glob("*.json"))
+    except OSError:  # no home, no tables
+        tuned = []
+    tuned_tables, shipped = ([_read(path) for path in paths] for paths in (tuned, sorted(_SHIPPED.glob("*.json"))))
+    return [t for t in tuned_tables if t is not None], [t for t in shipped if t is not None]
 
 
 def _read(path: Path) -> dict | None:
@@ -111,7 +117,7 @@ def _read(path: Path) -> dict | None:
     try:
         table = json.loads(path.read_text())
         check_table(table, str(path))
-    except (OSError, ValueError, FormatError) as error:
+    except (OSError, ValueError, RecursionError, FormatError) as error:
         logger.warning("the table of measured times %s is left out: %s", path, error)
         return None
     return table
@@ -130,8 +136,9 @@ def check_table(table: object, where: str) -> None:
     if not isinstance(table.get("machine"), dict) or not isinstance(table.get("rows"), list):
         raise FormatError(f"{where}: needs a machine and rows; measure again (nmsparse bench --tune)")
     for row in table["rows"]:
-        sizes = [row.get("tokens"), *(row.get("shape") or [])] if isinstance(row, dict) else []
-        positive = len(sizes) == 3 and all(isinstance(size, int) and size > 0 for size in sizes)
+        shape = row.get("shape") if isinstance(row, dict) else None
+        sizes = [row.get("tokens"), *shape] if isinstance(shape, list) else []
+        positive = len(sizes) == 3 and all(type(size) is int and 0 < size < _LARGEST_SIZE for size in sizes)
         times = row.get("milliseconds") if positive else None
         named = positive and all(isinstance(row.get(key), str) for key in ("dtype", "values", "product"))
         if not named or not isinstance(times, dict) or not all(_is_time(time) for time in times.values()):
@@ -139,7 +146,7 @@ def check_table(table: object, where: str) -> None:
 
 
 def _is_time(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+    return type(value) in (int, float) and 0 < value < math.inf
 
 
 def _distance(row: dict, call: Call24) -> float:

@@ -107,6 +107,8 @@ class Weight24:
                 raise RuntimeError(
                     f"linear_24: {name} of shape {list(tensor.shape)} on {tensor.device}, expected {list(shape)} on {ids.device}"
                 )
+        if self.scale is None and self.input_scale is not None:
+            raise RuntimeError("linear_24: an input_scale without scale; only quantised values have one")
         floats = [tensor for tensor in (self.scale, self.input_scale) if tensor is not None]
         whole = (torch.int8, torch.uint8) if self.scale is not None else (self.dtype,)
         if not self.dtype.is_floating_point or values.dtype not in whole or any(t.dtype != self.dtype for t in floats):
@@ -150,12 +152,13 @@ class Memo24:
         self.prepared: Any = None  # what a kernel makes of the tensors' addresses
 
     def is_of(self, weight: Weight24) -> bool:
-        """Whether these are the very tensors, at the same addresses."""
+        """Whether these are the very tensors, with the same shapes, at the same addresses."""
         for reference, tensor in zip(self._references, weight.tensors):  # noqa: B905 (both have four; this is hot)
             if tensor is not (None if reference is None else reference()):
                 return False
         return self._addresses == _addresses(weight)
 
 
-def _addresses(weight: Weight24) -> tuple[int, ...]:
-    return tuple([0 if tensor is None else tensor.data_ptr() for tensor in weight.tensors])
+def _addresses(weight: Weight24) -> tuple:
+    """Where the numbers of each tensor lie, and how."""
+    return tuple([t is not None and (t.data_ptr(), t.shape, t.stride(), t.dtype) for t in weight.tensors])
