@@ -253,7 +253,7 @@ class SparseLinear24(nn.Linear):
             weight = ops.Weight24(*[tensors[leaf] for leaf in _WEIGHT_LEAVES])
         except KeyError:  # parametrized, or a replica: torch keeps them elsewhere
             return ops.Weight24(*[getattr(self, leaf, None) for leaf in _WEIGHT_LEAVES])
-        if not ops.is_plain_eager(*weight.tensors):
+        if torch.compiler.is_compiling():
             return weight
         if self._memo is None or not self._memo.is_of(weight):
             # Only of plain parameters: wrapped ones have no address, and others come and go with each call.
@@ -278,11 +278,12 @@ class SparseLinear24(nn.Linear):
     def _sparse_forward(self, x: torch.Tensor) -> torch.Tensor:
         weight, kernel = self.weight24, None
         if weight.memo is not None and self.memory == "fast":
-            may_keep = self._may_keep_dense(weight)
+            if torch.is_grad_enabled() and weight.values.requires_grad:
+                self._kept = None  # some optimizers write through `.data`, which no version counter sees
             # With a gradient to x the backward pass would unpack the weight.
             trains = torch.is_grad_enabled() and x.requires_grad
             kernel = None if trains else ops.choose_for(x, weight, dense_at_hand=True)
-            if kernel is None and may_keep:
+            if kernel is None and self._may_keep_dense(weight):
                 dense = self._kept_dense(weight)
                 if dense is None and not trains:
                     dense = ops.unpack_weight(weight)  # for this call alone; the numbers are those of the next ones
@@ -309,11 +310,10 @@ class SparseLinear24(nn.Linear):
         self._memo: ops.Memo24 | None = None
 
     def _may_keep_dense(self, weight: ops.Weight24) -> bool:
-        """Whether a call may use the kept dense weight; drops it where the weight is being trained."""
+        """Whether a call may use the kept dense weight: not where the weight is being trained."""
         if self.memory != "fast" or weight.memo is None:
             return False
         if weight.values.requires_grad and torch.is_grad_enabled():
-            self._kept = None  # some optimizers write through `.data`, which no version counter sees
             return False
         # Inference tensors have no state that tells a later change.
         return not any(tensor is not None and tensor.is_inference() for tensor in weight.tensors)

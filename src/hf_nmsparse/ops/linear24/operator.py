@@ -38,7 +38,9 @@ def linear_24(
         x = _autocast(x, dtype)
         operands = (values, scale, input_scale, bias)
         values, scale, input_scale, bias = (None if t is None else _autocast(t, dtype) for t in operands)
-    elif not _needs_gradient(x, values, bias) and is_plain_eager(x, bias, *weight.tensors):
+    elif not _needs_gradient(x, values, bias) and is_plain_eager(
+        x, bias, *(() if weight.memo else weight.tensors)
+    ):  # a memo is of plain ones
         # Nothing for the dispatcher of torch to do, and going through it costs more than a small layer.
         _check_operands(x, weight, bias)
         return _run(x, weight, bias, FORWARD, kernel)
