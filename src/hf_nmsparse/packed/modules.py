@@ -283,10 +283,8 @@ class SparseLinear24(nn.Linear):
             # With a gradient to x the backward pass would unpack the weight.
             trains = torch.is_grad_enabled() and x.requires_grad
             kernel = None if trains else ops.choose_for(x, weight, dense_at_hand=True)
-            if kernel is None and self._may_keep_dense(weight):
-                dense = self._kept_dense(weight)
-                if dense is None and not trains:
-                    dense = ops.unpack_weight(weight)  # for this call alone; the numbers are those of the next ones
+            if kernel is None:
+                dense = self._dense_for(weight, also_once=not trains)
                 if dense is not None:
                     return F.linear(x, dense, self.bias)
         return ops.linear_24(x, weight, self.bias, kernel)
@@ -310,7 +308,7 @@ class SparseLinear24(nn.Linear):
         self._memo: ops.Memo24 | None = None
 
     def _may_keep_dense(self, weight: ops.Weight24) -> bool:
-        """Whether a call may use the kept dense weight: not where the weight is being trained."""
+        """Whether a call may use a kept dense weight: not where the weight is being trained."""
         if self.memory != "fast" or weight.memo is None:
             return False
         if weight.values.requires_grad and torch.is_grad_enabled():
@@ -318,16 +316,25 @@ class SparseLinear24(nn.Linear):
         # Inference tensors have no state that tells a later change.
         return not any(tensor is not None and tensor.is_inference() for tensor in weight.tensors)
 
-    def _kept_dense(self, weight: ops.Weight24) -> torch.Tensor | None:
-        """The kept 2:4 weight, unpacked; `None` at the first call on these tensors."""
-        if self._kept is None or not self._kept.is_of(weight):
-            self._kept = _KeptDense(weight)
+    def _dense_for(self, weight: ops.Weight24, also_once: bool) -> torch.Tensor | None:
+        """The 2:4 weight, unpacked and kept from the second call on these tensors on; `None` where none may be kept.
+
+        Args:
+            weight (`Weight24`): the tensors.
+            also_once (`bool`): unpack at the first call too, for this call alone, so that all calls give the same numbers.
+        """
+        kept = self._kept
+        if kept is not None and kept.dense is not None and kept.is_of(weight):
+            return kept.dense
+        if not self._may_keep_dense(weight):
             return None
-        if self._kept.dense is None:
-            # Made in inference mode it could not take part in training of what lies before or beside this layer.
-            with torch.inference_mode(False):
-                self._kept.dense = ops.unpack_weight(weight)
-        return self._kept.dense
+        if kept is None or not kept.is_of(weight):
+            self._kept = _KeptDense(weight)
+            return ops.unpack_weight(weight) if also_once else None
+        # Made in inference mode it could not take part in training of what lies before or beside this layer.
+        with torch.inference_mode(False):
+            kept.dense = ops.unpack_weight(weight)
+        return kept.dense
 
     def _apply(self, fn, recurse=True):
         self._kept = self._memo = None

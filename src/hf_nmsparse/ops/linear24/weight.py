@@ -130,22 +130,11 @@ class Memo24:
         RuntimeError: as `Weight24.check`.
     """
 
-    __slots__ = (
-        "_addresses",
-        "_references",
-        "choices",
-        "device",
-        "dtype",
-        "in_features",
-        "kind",
-        "out_features",
-        "prepared",
-    )
+    __slots__ = ("_seen", "choices", "device", "dtype", "in_features", "kind", "out_features", "prepared")
 
     def __init__(self, weight: Weight24) -> None:
         weight.check()
-        self._references = tuple(None if tensor is None else weakref.ref(tensor) for tensor in weight.tensors)
-        self._addresses = _addresses(weight)
+        self._seen = tuple(_Seen(tensor) for tensor in weight.tensors)
         self.out_features, self.in_features = weight.out_features, weight.in_features
         self.kind, self.dtype, self.device = weight.kind, weight.dtype, weight.device
         self.choices: dict[tuple, Any] = {}  # what the dispatcher chose, by what decides it
@@ -153,12 +142,33 @@ class Memo24:
 
     def is_of(self, weight: Weight24) -> bool:
         """Whether these are the very tensors, with the same shapes, at the same addresses."""
-        for reference, tensor in zip(self._references, weight.tensors):  # noqa: B905 (both have four; this is hot)
-            if tensor is not (None if reference is None else reference()):
-                return False
-        return self._addresses == _addresses(weight)
+        values, ids, scale, input_scale = self._seen
+        return (
+            values.is_still(weight.values)
+            and ids.is_still(weight.ids)
+            and scale.is_still(weight.scale)
+            and input_scale.is_still(weight.input_scale)
+        )
 
 
-def _addresses(weight: Weight24) -> tuple:
-    """Where the numbers of each tensor lie, and how."""
-    return tuple([t is not None and (t.data_ptr(), t.shape, t.stride(), t.dtype) for t in weight.tensors])
+class _Seen:
+    """Which tensor this was, if any, and how its numbers lay in memory. Asked at each call."""
+
+    __slots__ = ("address", "contiguous", "dtype", "reference", "shape")
+
+    def __init__(self, tensor: torch.Tensor | None) -> None:
+        self.reference = None if tensor is None else weakref.ref(tensor)
+        if tensor is not None:
+            self.address, self.shape, self.dtype = tensor.data_ptr(), tensor.shape, tensor.dtype
+            self.contiguous = tensor.is_contiguous()
+
+    def is_still(self, tensor: torch.Tensor | None) -> bool:
+        if tensor is None or self.reference is None:
+            return tensor is None and self.reference is None
+        return (
+            tensor is self.reference()
+            and tensor.data_ptr() == self.address
+            and tensor.shape == self.shape
+            and tensor.dtype is self.dtype
+            and tensor.is_contiguous() == self.contiguous
+        )
