@@ -56,22 +56,32 @@ def exact(weight):
     return dense if weight.input_scale is None else dense * weight.input_scale.double()
 
 
+def check_product(kind, dtype, out_features, in_features, tokens):
+    weight = random_weight(kind, dtype, out_features, in_features, input_scale=tokens % 2 == 0)
+    spread = torch.exp(torch.randn(in_features))  # channels of very different size
+    x = (torch.randn(tokens, in_features) * spread).to(dtype)
+    bias = torch.randn(out_features).to(dtype) if tokens % 3 else None
+    expected = F.linear(x.double(), exact(weight), None if bias is None else bias.double())
+    found = cpu._linear(x, weight, bias).double()
+    scale = x.double().abs() @ exact(weight).abs().T  # size of the sum before anything cancels
+    assert ((found - expected).abs() <= TOLERANCE[dtype] * (scale + expected.abs())).all(), (tokens, in_features)
+
+
 @pytest.mark.parametrize("kind", ["dense", "int8", "int4"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_products_agree_with_float64_for_odd_shapes_and_token_counts(build, dtype, kind):
     for out_features, in_features in ((1, 8), (5, 24), (33, 200), (40, 1544)):
-        for tokens in (1, 2, 3, 8, 17, 70):
-            weight = random_weight(kind, dtype, out_features, in_features, input_scale=tokens % 2 == 0)
-            spread = torch.exp(torch.randn(in_features))  # channels of very different size
-            x = (torch.randn(tokens, in_features) * spread).to(dtype)
-            bias = torch.randn(out_features).to(dtype) if tokens % 3 else None
-            expected = F.linear(x.double(), exact(weight), None if bias is None else bias.double())
-            found = cpu._linear(x, weight, bias).double()
-            scale = x.double().abs() @ exact(weight).abs().T  # size of the sum before anything cancels
-            assert ((found - expected).abs() <= TOLERANCE[dtype] * (scale + expected.abs())).all(), (
-                tokens,
-                in_features,
-            )
+        for tokens in (1, 2, 3, 8, 17, 33, 70):
+            check_product(kind, dtype, out_features, in_features, tokens)
+
+
+@pytest.mark.parametrize("kind", ["dense", "int8", "int4"])
+@pytest.mark.parametrize(
+    ("out_features", "in_features", "tokens"),
+    [(16, 24, 1100), (150, 2600, 35), (150, 1544, 530), (290, 1032, 64)],  # several panels, column steps, token chunks
+)
+def test_many_tokens_agree_with_float64(build, kind, out_features, in_features, tokens):
+    check_product(kind, torch.bfloat16, out_features, in_features, tokens)
 
 
 @pytest.mark.parametrize("kind", ["dense", "int8", "int4"])
@@ -95,7 +105,7 @@ def test_results_do_not_depend_on_threads(build, kind):
     weight = random_weight(kind, torch.bfloat16, 200, 1024)
     before = torch.get_num_threads()
     try:
-        for tokens in (1, 5):
+        for tokens in (1, 5, 40, 600):  # with 600, two threads have tokens of their own, and three share the rows
             x = torch.randn(tokens, 1024).bfloat16()
             results = []
             for threads in (1, 2, 3):
@@ -180,7 +190,7 @@ def calls(library, dtype, kind, out, inp):
     bias, dense = at_the_edge(torch.randn(out).to(dtype)), at_the_edge(torch.zeros(out, inp).to(dtype))
     library.nmsparse_unpack24(pointer, dense.data_ptr(), 2)
     assert torch.isfinite(dense).all()
-    for tokens in (1, 2, 5, 19):
+    for tokens in (1, 2, 5, 19, 35):
         x, y = at_the_edge(torch.randn(tokens, inp).to(dtype)), at_the_edge(torch.zeros(tokens, out).to(dtype))
         library.nmsparse_linear24(pointer, x.data_ptr(), bias.data_ptr(), y.data_ptr(), tokens, 2)
         assert torch.isfinite(y).all()

@@ -33,7 +33,7 @@ def _accepts_product(call: Call24) -> bool:
 
 def _prefers(call: Call24) -> bool:
     """Whether the packed product is taken to beat the dense one: measured on one kind of processor (docs/KERNELS.md)."""
-    return call.tokens <= (64 if _has_tiles(call) else 4 if call.dtype == torch.float32 else 2)
+    return call.tokens <= (512 if _has_tiles(call) else 4 if call.dtype == torch.float32 else 2)
 
 
 class _Prepared(ctypes.Structure):
