@@ -355,7 +355,7 @@ def test_sizes(text, size):
         ("--max-memory much", "expected a size such as 12GB"),
         ("--max-memory 12", "expected a size such as 12GB"),
         ("--permute-channels --max-memory 12GB", "leave --max-memory out"),
-        ("--sequence-length 4096", "got 600"),
+        ("--sequence-length 4096", "the model takes at most 64 tokens"),
     ],
 )
 def test_options_that_do_not_fit(there, options, said):

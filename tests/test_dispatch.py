@@ -222,16 +222,57 @@ def test_bench_prints_speed_ups_with_the_kernel_that_ran(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--shape", "16x31"], "multiple of 8"),
-        (["--shape", "big"], "4096x4096"),
-        (["--tokens", "0"], "whole number"),
-        (["--values", "int3"], "dense, int8, int4"),
+        ("--shape 16x31", "multiple of 8"),
+        ("--shape big", "4096x4096"),
+        ("--tokens 0", "whole number"),
+        ("--values int3", "dense, int8, int4"),
+        ("--device meta", "no such device here; there is cpu"),
+        ("--output .", "is a folder"),
+        ("--output file/bench.json", "file is a file"),
+        (
+            "--shape 16x32,1000000x1000000 --tokens 1",
+            "1000000x1000000 with 1 tokens does not fit into memory: it needs",
+        ),
+        ("--shape 16x32 --tokens 1,1000000000000", "16x32 with 1000000000000 tokens does not fit into memory"),
     ],
 )
-def test_bench_refuses_wrong_arguments_in_one_line(arguments, message):
-    result = CliRunner().invoke(app, ["bench", *arguments])
+def test_bench_refuses_in_one_line_what_it_cannot_do_before_it_measures(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(measure, "measure_roofline", None)
+    result = CliRunner().invoke(app, ["bench", *arguments.split()])
     assert result.exit_code == 2
-    assert message in result.stderr and "Traceback" not in result.stderr
+    assert message in " ".join(result.stderr.split()) and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+            2,
+            "with 2 tokens",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory"), 2, "does not fit into memory"),
+        (KeyboardInterrupt(), 130, "stopped"),
+    ],
+)
+def test_bench_keeps_what_was_measured_before_memory_runs_out_or_ctrl_c(error, code, said, tmp_path, monkeypatch):
+    copies_of = measure.copies_of
+
+    def failing(call):
+        if call.tokens == 2:
+            raise error
+        return copies_of(call)
+
+    monkeypatch.setattr(measure, "copies_of", failing)
+    line = ["bench", "--shape", "16x32", "--tokens", "1,2", "--rounds", "3", "--json", "--output"]
+    result = CliRunner().invoke(app, [*line, str(tmp_path / "new" / "bench.json")])
+    assert result.exit_code == code and said in result.stderr and "Traceback" not in result.stderr
+    facts = json.loads(result.stdout)
+    assert not facts["ok"] and said in facts["error"] and [row["tokens"] for row in facts["rows"]] == [1, 1]
+    assert json.loads((tmp_path / "new" / "bench.json").read_text())["rows"] == facts["rows"]
+    assert CliRunner().invoke(app, ["bench", "--shape", "16x32", "--tokens", "2", "--tune"]).exit_code == code
 
 
 def packed_layer(values="dense", input_scale=None, dtype=torch.bfloat16):
@@ -332,3 +373,16 @@ def test_a_refused_input_leaves_no_choice_behind(two_kernels):
     with pytest.raises(RuntimeError, match="in_features=64"):
         ops.linear_24(torch.randn(1, 640, dtype=torch.float64), packed)
     assert not packed.memo.choices
+
+
+@pytest.mark.parametrize("memory", ["low", "fast"])
+def test_a_call_under_autocast_is_chosen_for_the_dtype_it_is_computed_in(memory, monkeypatch):
+    asked = []
+    choose = dispatch.choose_kernel
+    monkeypatch.setattr(dispatch, "choose_kernel", lambda call, *rest: asked.append(call.dtype) or choose(call, *rest))
+    packed = packed_layer(dtype=torch.float32)
+    packed.memory = memory
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        packed(torch.randn(1, 32))
+        packed(torch.randn(1, 32))
+    assert asked and set(asked) == {torch.bfloat16}

@@ -12,7 +12,8 @@ import torch
 from kernel_checks.gluon_emulation import EmulatedKernel, OutOfBounds, Pointer
 
 from hf_nmsparse.codec import dequantize_values, pack_24, quantize_values, unpack_24
-from hf_nmsparse.ops.linear24 import Call24, Weight24, nvidia
+from hf_nmsparse.ops.linear24 import INPUT_GRADIENT, Call24, Weight24, nvidia, probe
+from hf_nmsparse.ops.linear24.gpu import aligned
 
 SOURCES = Path(nvidia.__file__).parent
 _DECODE, _GEMM = SOURCES / "gluon_decode.py", SOURCES / "gluon_gemm.py"
@@ -53,7 +54,7 @@ def emulated(monkeypatch):
     for file, kernels in EMULATED.items():
         monkeypatch.setitem(sys.modules, f"{nvidia.__package__}.{file}", kernels)
     monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
-    monkeypatch.setattr(nvidia, "_multiprocessors", lambda device: 4)
+    monkeypatch.setattr(nvidia, "multiprocessors", lambda device: 4)
     torch.use_deterministic_algorithms(True)  # fills what torch.empty returns
     yield
     torch.use_deterministic_algorithms(False)
@@ -121,6 +122,14 @@ def test_input_scale_multiplies_x(emulated):
 
 
 @pytest.mark.parametrize("kind", ["dense", "int8", "int4"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_kernels_pass_the_probe(emulated, monkeypatch, dtype, kind):
+    monkeypatch.setattr(probe, "_known", {})
+    assert probe.works("decode", nvidia._run_decode, torch.device("cpu"), dtype, kind)
+    assert kind != "dense" or probe.works("GEMM", nvidia._run_gemm, torch.device("cpu"), dtype)
+
+
+@pytest.mark.parametrize("kind", ["dense", "int8", "int4"])
 def test_damaged_ids_and_values_touch_no_foreign_memory(emulated, kind):
     weight = random_weight(40, 192, torch.bfloat16, kind)
     ids = torch.randint(0, 256, weight.ids.shape, dtype=torch.uint8)
@@ -150,8 +159,8 @@ def test_decode_shapes_cover_the_work(rows, columns, kind):
     for tokens in range(1, nvidia.MOST_DECODE_TOKENS + 1):
         shape = nvidia.decode_shape(rows, columns, tokens, kind, multiprocessors=132)
         assert shape.token_blocks * 8 >= tokens and shape.token_blocks % shape.token_warps == 0
-        assert shape.warps <= 16 and shape.programs(rows) * shape.row_blocks * 16 >= rows
-        assert shape.k_parts == 1 or shape.k_parts * shape.programs(rows) <= 132
+        assert shape.warps <= 16 and shape.programs(rows, tokens) * shape.row_blocks * 16 >= rows
+        assert shape.k_parts == 1 or shape.k_parts * shape.programs(rows, tokens) <= 132
 
 
 @pytest.mark.parametrize("rows,columns", [(1, 64), (576, 1536), (4096, 4096), (14336, 4096)])
@@ -163,19 +172,55 @@ def test_gemm_shapes_cover_the_work(rows, columns):
         assert shape.k_parts == 1 or shape.k_parts * shape.programs(rows, tokens) <= 132
 
 
-def test_calls_that_no_kernel_can_take_are_declined():
-    call = Call24(torch.device("cpu"), torch.bfloat16, "dense", 64, 64, 1)
-    assert not nvidia.DECODE.accepts(call)
-    assert not nvidia.DECODE.accepts(replace(call, device=torch.device("cuda"), in_features=72))
-    assert not nvidia.DECODE.accepts(replace(call, device=torch.device("cuda"), dtype=torch.float32))
+CALL = Call24(torch.device("cuda"), torch.bfloat16, "dense", 64, 64, 1)
+BOTH = pytest.mark.parametrize("kernel", [nvidia.DECODE, nvidia.GEMM], ids=lambda kernel: kernel.name)
+
+
+@pytest.fixture
+def an_a100(monkeypatch):
+    """As far as the choice goes."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(nvidia, "has_gluon", lambda: True)
+
+
+@BOTH
+def test_calls_that_fit_are_taken(an_a100, kernel):
+    assert kernel.accepts(CALL)
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"device": torch.device("cpu")},
+        {"in_features": 72},
+        {"dtype": torch.float32},
+        {"product": INPUT_GRADIENT},
+        {"tokens": 0},
+        {"out_features": 2**20, "in_features": 2**13, "tokens": 2**11},
+    ],
+)
+def test_other_calls_are_declined(an_a100, kernel, change):
+    assert not kernel.accepts(replace(CALL, **change))
+
+
+def test_what_only_one_of_both_takes(an_a100):
+    for change, decodes in (({"tokens": 65}, False), ({"kind": "int4"}, True)):
+        assert nvidia.DECODE.accepts(replace(CALL, **change)) is decodes
+        assert nvidia.GEMM.accepts(replace(CALL, **change)) is not decodes
+
+
+@BOTH
+def test_gpus_without_sparse_tensor_cores_are_declined(an_a100, monkeypatch, kernel):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert not kernel.accepts(CALL)
 
 
 def test_a_misaligned_tensor_is_copied():
     shifted = torch.arange(65, dtype=torch.int16)[1:].view(1, 64)
-    copy = nvidia._aligned(shifted, "x")
+    copy = aligned(shifted, "x")
     assert copy.data_ptr() != shifted.data_ptr() and torch.equal(copy, shifted)
-    aligned = copy.clone()
-    assert nvidia._aligned(aligned, "x") is aligned
+    assert aligned(copy, "x") is copy
 
 
 # --- on a GPU -------------------------------------------------------------------------------------------------------
@@ -209,6 +254,13 @@ class TestOnGpu:
         shape = replace(nvidia.gemm_shape(rows, columns, tokens, multiprocessors=132), k_parts=k_parts)
         y = nvidia.gemm(x.cuda(), _to_gpu(weight), bias.cuda(), shape)
         assert error(y.cpu(), expected(x, weight, bias)) < TOLERANCE[dtype]
+
+    @pytest.mark.parametrize("kind", ["dense", "int8", "int4"])
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_kernels_work(self, dtype, kind):
+        call = Call24(torch.device("cuda", 0), dtype, kind, 64, 64, 1)
+        assert nvidia.DECODE.accepts(call) and nvidia.DECODE.works(call)
+        assert nvidia.GEMM.accepts(call) is (kind == "dense") and nvidia.GEMM.works(replace(call, kind="dense"))
 
     def test_decode_is_the_same_from_run_to_run(self):
         weight, x = _to_gpu(random_weight(96, 4096, torch.bfloat16)), torch.randn(5, 4096).bfloat16().cuda()

@@ -350,6 +350,6 @@ def test_a_kernel_may_compute_the_input_gradient_alone(own_kernels):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_dense_product_is_chosen_for_many_tokens_where_it_is_at_hand(dtype):
-    few, many = (ops.Call24(CPU, dtype, "dense", 8, 16, tokens) for tokens in (1, 65))
+    few, many = (ops.Call24(CPU, dtype, "dense", 8, 16, tokens) for tokens in (1, 600))
     assert ops.choose_kernel(many, dense_at_hand=True) is None
     assert ops.choose_kernel(many) is not None and ops.choose_kernel(few) is not None

@@ -11,7 +11,8 @@ import torch
 from accelerate import init_empty_weights
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from tests_support import rewrite
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
@@ -368,15 +369,6 @@ def test_a_model_stores_one_kind_of_values(make_llama):
 
 
 # --- damaged files --------------------------------------------------------------------------------------------------
-def rewrite(folder, change):
-    path = folder / "model.safetensors"
-    with safe_open(path, framework="pt") as handle:
-        header = handle.metadata()
-    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
-    change(tensors, header)
-    save_file(tensors, path, header)
-
-
 SCALE, INPUT_SCALE = f"{UP}.weight_scale", f"{UP}.weight_input_scale"
 WRONG = {
     "scale missing": (lambda t, h: t.pop(SCALE), "weight_scale is missing though weight_input_scale"),

@@ -37,7 +37,7 @@ def test_the_kernel_is_right_in_the_interpreter():
 # --- the choice -----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("change", [{}, {"dtype": torch.float32}, {"kind": "int4"}, {"tokens": 5000}])
 def test_calls_on_any_gpu_are_taken(monkeypatch, change):
-    monkeypatch.setattr(portable, "_has_triton", lambda: True)
+    monkeypatch.setattr(portable, "has_triton", lambda: True)
     assert portable.PORTABLE.accepts(replace(CALL, **change))
 
 
@@ -46,12 +46,12 @@ def test_calls_on_any_gpu_are_taken(monkeypatch, change):
     [{"device": torch.device("cpu")}, {"dtype": torch.float64}, {"product": INPUT_GRADIENT}, {"tokens": 0}],
 )
 def test_other_calls_are_declined(monkeypatch, change):
-    monkeypatch.setattr(portable, "_has_triton", lambda: True)
+    monkeypatch.setattr(portable, "has_triton", lambda: True)
     assert not portable.PORTABLE.accepts(replace(CALL, **change))
 
 
 def test_without_triton_all_calls_are_declined(monkeypatch):
-    monkeypatch.setattr(portable, "_has_triton", lambda: False)
+    monkeypatch.setattr(portable, "has_triton", lambda: False)
     assert not portable.PORTABLE.accepts(CALL)
 
 

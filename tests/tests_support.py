@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small modules for tests, a comparison, and a model walked the slow way."""
+"""Small modules for tests, a comparison, a file altered, and a model walked the slow way."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hf_nmsparse.criteria import find_weights
@@ -29,6 +32,16 @@ def assert_equal_but_for_rounding(found: torch.Tensor, expected: torch.Tensor) -
     halves = expected.dtype in (torch.bfloat16, torch.float16)
     close = {"rtol": 0.02, "atol": 0.02 * expected.abs().max().item()} if halves else {}
     torch.testing.assert_close(found, expected, **close)
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor], dict[str, str]], object]) -> None:
+    """Alter a saved model: `change` gets its tensors by name and the metadata of its header, and changes them in place."""
+    path = folder / "model.safetensors"
+    with safe_open(path, framework="pt") as handle:
+        metadata = handle.metadata()
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    change(tensors, metadata)
+    save_file(tensors, path, metadata)
 
 
 def walk_naively(

@@ -11,7 +11,7 @@ import triton.language as tl
 from kernel_checks import interpreter
 from test_gluon_kernels import error, expected, random_weight
 
-from hf_nmsparse.ops.linear24 import Weight24, portable
+from hf_nmsparse.ops.linear24 import Weight24, portable, probe
 
 # Of the norm: one rounding of the result. The interpreter rounds to bfloat16 towards zero.
 TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 5e-4, torch.float32: 1e-6}
@@ -132,3 +132,9 @@ def test_leading_dimensions_an_input_scale_and_rows_apart():
     x = torch.randn(2, 3, 136)
     y = portable.PORTABLE.run(x, weight, None)
     assert y.shape == (2, 3, 40) and error(y, x.double() @ weight.dense().double().t()) < 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_kernel_passes_the_probe(dtype, kind):
+    assert probe.works("Triton", portable._run, torch.device("cpu"), dtype, kind)

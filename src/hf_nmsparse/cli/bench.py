@@ -3,19 +3,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import ConfigError
-from .common import Answer, table, tell, verb
-from .models import empty_model
+from .common import STOPPED, WRONG_USE, Answer, size, table, tell, verb
+from .models import chosen_device, empty_model
 from .options import DeviceOption, Dtype, JsonOption, listed
+from .streaming import available_memory
 
 if TYPE_CHECKING:
+    import torch
+
     from ..ops import Call24
     from ..packed.bench import LayerSpeed
 
@@ -56,30 +61,93 @@ def bench(
     """
     with verb(json_output) as answer:
         from ..results import environment
-        from .models import chosen_device
 
-        calls = _calls(model, shapes, tokens, values, dtype, chosen_device(device))
-        facts: dict[str, object] = {"rows": []}
+        if output is not None:
+            _check_output(output)
+        calls = _calls(model, shapes, tokens, values, dtype, _device(device))
+        _check_memory(calls)
+        rows: list[LayerSpeed] = []
+        facts: dict[str, object] = {"rows": [], "environment": environment()}
         if tune:
             facts["table"] = str(_tune(calls, rounds))
             answer.show(f"times for this machine: {facts['table']}")
-        rows = list(_measure(calls, rounds))
-        facts |= {"rows": [row.to_dict() for row in rows], "environment": environment()}
+        try:
+            for row in _measure(calls, rounds):
+                rows.append(row)
+                facts["rows"] = [row.to_dict() for row in rows]
+                if output is not None:
+                    _write(output, facts)  # after each: whoever stops keeps what was measured
+        except (ConfigError, KeyboardInterrupt) as error:
+            if not rows:
+                raise
+            facts |= {"error": str(error) or "stopped", "kind": type(error).__name__}
+            answer.code = STOPPED if isinstance(error, KeyboardInterrupt) else WRONG_USE
+            tell(f"error: {facts['error']}; what was measured before is kept", style="bold red")
         answer.facts = facts
         _show(answer, rows)
-        if output is not None:
-            from ..files import write_file
-
-            write_file(output, json.dumps(facts, indent=1) + "\n")
 
 
+# --- checks before anything is measured -----------------------------------------------------------------------------
+def _check_output(path: Path) -> None:
+    """Refuse a file that could not be written after minutes of measuring."""
+    if path.is_dir():
+        raise ConfigError(f"--output {path} is a folder; name a file to write")
+    nearest = next(parent for parent in path.absolute().parents if parent.exists())  # folders below it are made
+    if not nearest.is_dir():
+        raise ConfigError(f"--output {path}: {nearest} is a file; name a file in a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(f"--output {path}: no permission to write into {nearest}; name a file elsewhere")
+
+
+def _device(name: str | None) -> torch.device:
+    import torch
+
+    device = torch.device(chosen_device(name))
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {name}: packed layers are timed on CPUs and CUDA GPUs")
+    return device
+
+
+def _check_memory(calls: Iterable[Call24]) -> None:
+    """Refuse what cannot fit, at once: Linux would rather kill the process than let an allocation fail."""
+    from ..packed.bench import least_memory
+
+    for call in calls:
+        if least_memory(call) > available_memory(call.device):
+            raise _too_large(call)
+
+
+@contextlib.contextmanager
+def _room_for(call: Call24) -> Iterator[None]:
+    """Say in one line that memory ran out all the same."""
+    import torch
+
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+            raise _too_large(call) from error
+        raise
+
+
+def _too_large(call: Call24) -> ConfigError:
+    from ..packed.bench import least_memory
+
+    return ConfigError(
+        f"shape {call.out_features}x{call.in_features} with {call.tokens} tokens does not fit into memory: it needs at least "
+        f"{size(least_memory(call))}, {call.device} has {size(available_memory(call.device))} free; measure a smaller shape or "
+        "fewer tokens, or on another --device"
+    )
+
+
+# --- what is measured -----------------------------------------------------------------------------------------------
 def _calls(
     model: str | None,
     shapes: list[str] | None,
     tokens: list[str] | None,
     values: list[str] | None,
     dtype: Dtype,
-    device: object,
+    device: torch.device,
 ) -> list[Call24]:
     import torch
 
@@ -95,10 +163,7 @@ def _calls(
     counts = [_count(text) for text in listed(tokens) or _TOKENS]
     number_type = torch.bfloat16 if dtype is Dtype.AUTO else getattr(torch, dtype.value)
     return [
-        forward_call(torch.device(device), number_type, kind, shape, count)
-        for kind in kinds
-        for shape in sizes
-        for count in counts
+        forward_call(device, number_type, kind, shape, count) for kind in kinds for shape in sizes for count in counts
     ]
 
 
@@ -133,11 +198,13 @@ def _tune(calls: list[Call24], rounds: int) -> Path:
 
     from ..ops.linear24.measure import tune
 
-    with tqdm(total=len(calls), desc="kernels", disable=None) as bar:
-        return tune(calls, rounds, progress=lambda measurement: bar.update())
+    for call in tqdm(calls, desc="kernels", disable=None):
+        with _room_for(call):
+            path = tune([call], rounds)
+    return path
 
 
-def _measure(calls: list[Call24], rounds: int) -> Iterable[LayerSpeed]:
+def _measure(calls: list[Call24], rounds: int) -> Iterator[LayerSpeed]:
     from tqdm import tqdm
 
     from ..ops.linear24.measure import measure_roofline
@@ -148,7 +215,15 @@ def _measure(calls: list[Call24], rounds: int) -> Iterable[LayerSpeed]:
         f"this device reads {roofline.bytes_per_second / 1e9:.0f} GB/s, multiplies {roofline.flop_per_second / 1e12:.2f} TFLOP/s"
     )
     for call in tqdm(calls, desc="layers", disable=None):
-        yield from measure_layer(call, roofline, rounds)
+        with _room_for(call):
+            yield from measure_layer(call, roofline, rounds)
+
+
+# --- what is said ---------------------------------------------------------------------------------------------------
+def _write(path: Path, facts: dict[str, object]) -> None:
+    from ..files import write_file
+
+    write_file(path, json.dumps(facts, indent=1) + "\n")
 
 
 def _show(answer: Answer, rows: list[LayerSpeed]) -> None:

@@ -50,6 +50,10 @@ if TYPE_CHECKING:
     from ..results import RunResults
 
 
+_OF_CALIBRATION = ("samples", "sequence_length", "seed", "device")
+_OF_MASKS = ("mask_revision", "task", "allow_base_mismatch")
+
+
 class Values(str, Enum):
     """How kept weights are stored."""
 
@@ -68,6 +72,7 @@ ValuesOption = Annotated[
 
 
 def compress(
+    context: typer.Context,
     model: ModelArgument,
     output: OutputOption,
     mask: MaskOption = None,
@@ -104,6 +109,10 @@ def compress(
         check_output(output, Kind.PACKED, overwrite, [model, *([mask] if mask else [])])
         if calibration is not None and values is Values.DENSE:
             raise ConfigError("--calibration serves quantised values; add --values int8 or int4, or leave it out")
+        if calibration is None:
+            _refuse_given(context, _OF_CALIBRATION, "--calibration")
+        if mask is None:
+            _refuse_given(context, _OF_MASKS, "--mask")
         place = "cpu" if calibration is None else device
         if mask is None:
             loaded, tokenizer_source = load_any(model, dtype, place)
@@ -134,6 +143,15 @@ def compress(
         results.sparse_layers = _packed_names(packed)
         answer.facts = facts | write_model(packed, output, tokenizer_source, results, packed=True)
         answer.show(written_line(output))
+
+
+def _refuse_given(context: typer.Context, names: tuple[str, ...], needed: str) -> None:
+    """Refuse options that were given but have no effect without another one."""
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = "--" + name.replace("_", "-")
+            raise ConfigError(f"{option} has no effect without {needed}; add {needed}, or leave {option} out")
 
 
 def _results(model: nn.Module, base: str, source: str) -> RunResults:

@@ -114,10 +114,18 @@ def load_model(
 
 
 def chosen_device(device: str | None) -> str:
-    """The device that was named, else a GPU if there is one."""
+    """The device that was named, else a GPU if there is one.
+
+    Raises:
+        ConfigError: if there is no such device here.
+    """
     import torch
 
-    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    present = ["cpu", *(["cuda", *gpus] if gpus else []), *(["mps"] if torch.backends.mps.is_available() else [])]
+    if device is not None and device not in present:
+        raise ConfigError(f"--device {device}: no such device here; there is {', '.join(present)}")
+    return device or ("cuda" if gpus else "cpu")
 
 
 def _refuse_adapter(source: str) -> None:
@@ -196,9 +204,17 @@ def copy_tokenizer(source: str, folder: Path) -> None:
 
 
 def window_length(model: nn.Module, wanted: int | None) -> int:
-    """Tokens a window: what is wanted, else 2048 or the model's context if that is shorter."""
-    context = getattr(model.config, "max_position_embeddings", None) or DEFAULT_SEQUENCE_LENGTH
-    return wanted if wanted is not None else min(DEFAULT_SEQUENCE_LENGTH, context)
+    """Tokens a window: what is wanted, else 2048 or the model's context if that is shorter.
+
+    Raises:
+        ConfigError: if more is wanted than the model's context.
+    """
+    context = getattr(model.config, "max_position_embeddings", None)
+    if wanted is not None and context is not None and wanted > context:
+        raise ConfigError(
+            f"--sequence-length {wanted}: the model takes at most {context} tokens; give {context} or fewer"
+        )
+    return wanted if wanted is not None else min(DEFAULT_SEQUENCE_LENGTH, context or DEFAULT_SEQUENCE_LENGTH)
 
 
 def stream(source: str, tokenizer: Any, split: str = "train", joined: bool = False) -> torch.Tensor:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
@@ -13,6 +14,8 @@ from ..ops import DENSE, Call24, Weight24
 from ..ops.linear24 import measure
 from .explain import explain
 from .modules import MEMORY_MODES, SparseLinear24
+
+_BYTES_TO_MAKE_A_WEIGHT = 20  # while it is drawn, pruned and packed; the finished copies of large weights take less
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ def measure_layer(call: Call24, roofline: measure.Roofline, rounds: int = 30) ->
     x = torch.randn(call.tokens, call.in_features, device=call.device).to(call.dtype)
     layers = {DENSE: [_dense_layer(weight) for weight in copies.dense]}
     for memory in MEMORY_MODES:
-        layers[memory] = [_packed_layer(weight, memory) for weight in copies.packed]
+        layers[memory] = _packed_layers(copies.packed, memory)
     runs = {name: lambda i, modules=modules: modules[i % len(modules)](x) for name, modules in layers.items()}
     with torch.inference_mode():
         for modules in layers.values():
@@ -94,6 +97,12 @@ def measure_layer(call: Call24, roofline: measure.Roofline, rounds: int = 30) ->
         )
 
 
+def least_memory(call: Call24) -> int:
+    """Bytes that `measure_layer` needs at least: for one weight while it is made, the input as it is drawn, and the output."""
+    weight = _BYTES_TO_MAKE_A_WEIGHT * call.out_features * call.in_features
+    return weight + call.tokens * (4 * call.in_features + call.dtype.itemsize * call.out_features)
+
+
 def _dense_layer(weight: torch.Tensor) -> nn.Linear:
     with torch.device("meta"):
         layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
@@ -101,18 +110,23 @@ def _dense_layer(weight: torch.Tensor) -> nn.Linear:
     return layer
 
 
-def _packed_layer(weight: Weight24, memory: str) -> SparseLinear24:
-    layer = SparseLinear24(
-        weight.in_features,
-        weight.out_features,
+def _packed_layers(weights: list[Weight24], memory: str) -> list[SparseLinear24]:
+    first = weights[0]
+    empty = SparseLinear24(
+        first.in_features,
+        first.out_features,
         bias=False,
         device="meta",
-        dtype=weight.dtype,
+        dtype=first.dtype,
         memory=memory,
-        values=weight.kind,
+        values=first.kind,
     )
-    names = ("weight", "weight_idx", "weight_scale")
-    for name, tensor in zip(names, (weight.values, weight.ids, weight.scale), strict=True):
-        if tensor is not None:
-            setattr(layer, name, nn.Parameter(tensor, requires_grad=False))
-    return layer
+    layers = []
+    for weight in weights:
+        layer = copy.deepcopy(empty)  # far faster than making one, and there may be thousands
+        names = ("weight", "weight_idx", "weight_scale")
+        for name, tensor in zip(names, (weight.values, weight.ids, weight.scale), strict=True):
+            if tensor is not None:
+                setattr(layer, name, nn.Parameter(tensor, requires_grad=False))
+        layers.append(layer)
+    return layers

@@ -277,11 +277,13 @@ class SparseLinear24(nn.Linear):
 
     def _sparse_forward(self, x: torch.Tensor) -> torch.Tensor:
         weight, kernel = self.weight24, None
-        if weight.memo is not None and self.memory == "fast":
+        memo = weight.memo
+        if memo is not None and (self._memory or _default_memory(memo.device_type)) == "fast":
             if torch.is_grad_enabled() and weight.values.requires_grad:
                 self._kept = None  # some optimizers write through `.data`, which no version counter sees
             # With a gradient to x the backward pass would unpack the weight.
             trains = torch.is_grad_enabled() and x.requires_grad
+            x = ops.autocast(x)
             kernel = None if trains else ops.choose_for(x, weight, dense_at_hand=True)
             if kernel is None:
                 dense = self._dense_for(weight, also_once=not trains)
@@ -292,10 +294,7 @@ class SparseLinear24(nn.Linear):
     @property
     def memory(self) -> str:
         """The mode in force: what was set, else "fast" on the CPU and "low" elsewhere."""
-        if self._memory is not None:
-            return self._memory
-        ids = self._parameters.get("weight_idx")
-        return "fast" if (self.weight_idx if ids is None else ids).device.type == "cpu" else "low"
+        return self._memory or _default_memory(self.weight_idx.device.type)
 
     @memory.setter
     def memory(self, mode: str | None) -> None:
@@ -353,6 +352,10 @@ class SparseLinear24(nn.Linear):
         facts = {"slorb_block": self.slorb_block, "low_rank": self.low_rank, "conv1d": self.conv1d or None}
         facts["values"] = None if self.values == "dense" else self.values
         return ", ".join([extra, *(f"{name}={value}" for name, value in facts.items() if value is not None)])
+
+
+def _default_memory(device_type: str) -> str:
+    return "fast" if device_type == "cpu" else "low"
 
 
 class _KeptDense:

@@ -4,7 +4,8 @@
 from .call import FORWARD, INPUT_GRADIENT, Call24
 from .cpu import NATIVE, NATIVE_UNPACKED, NATIVE_UNPACKED_INPUT_GRADIENT, unpack_weight
 from .dispatch import Kernel24, choose_for, choose_kernel, forget_choices, kernels_for, register_kernel
-from .eager import is_plain_eager
+from .eager import autocast, is_plain_eager
+from .hopper import WGMMA
 from .nvidia import DECODE, GEMM
 from .operator import linear_24
 from .portable import PORTABLE
@@ -17,6 +18,7 @@ from .weight import VALUE_KINDS, Memo24, Weight24
 for _kernel in (
     CUSPARSELT,
     CUTLASS,
+    WGMMA,
     GEMM,
     UNPACKED,
     UNPACKED_INPUT_GRADIENT,
@@ -37,6 +39,7 @@ __all__ = [
     "Kernel24",
     "Memo24",
     "Weight24",
+    "autocast",
     "choose_for",
     "choose_kernel",
     "forget_choices",

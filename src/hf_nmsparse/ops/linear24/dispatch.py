@@ -19,18 +19,21 @@ class Kernel24:
 
     Args:
         name (`str`): what `explain` reports.
-        accepts (`Callable`): `Call24 -> bool`, whether it can take such a call on this machine.
+        accepts (`Callable`): `Call24 -> bool`, whether it can take such a call on this device; quick.
         run (`Callable`): `(x, weight, bias) -> y`: x `[..., in]`, contiguous, of the dtype of the call and any leading
             dimensions, maybe 0; y `[..., out]`, contiguous. For the input gradient x is `[..., out]`, y `[..., in]`, bias
             `None`.
         prefers (`Callable`): `Call24 -> bool`, whether it is taken to be faster than the dense product where nothing was
             measured.
+        works (`Callable`): `Call24 -> bool`, whether it runs here and is right; may have to try it (`probe.works`), so it is
+            asked of accepted calls only, and only where the kernel is about to be chosen.
     """
 
     name: str
     accepts: Callable[[Call24], bool]
     run: Callable[[torch.Tensor, Weight24, torch.Tensor | None], torch.Tensor]
     prefers: Callable[[Call24], bool] = lambda call: True
+    works: Callable[[Call24], bool] = lambda call: True
 
 
 _kernels: list[Kernel24] = []
@@ -52,7 +55,11 @@ def forget_choices() -> None:
 
 
 def kernels_for(call: Call24) -> list[Kernel24]:
-    """Every kernel that can take a call, those that prefer it first."""
+    """Every kernel that can take a call and works here, those that prefer it first. Tries those never tried."""
+    return [kernel for kernel in _accepting(call) if kernel.works(call)]
+
+
+def _accepting(call: Call24) -> list[Kernel24]:
     able = [kernel for kernel in _kernels if kernel.accepts(call)]
     return sorted(able, key=lambda kernel: not kernel.prefers(call))
 
@@ -67,13 +74,18 @@ def choose_kernel(call: Call24, dense_at_hand: bool = False) -> Kernel24 | None:
     Returns:
         the kernel; `None`, only with `dense_at_hand`, where the dense product of torch is the better one.
     """
-    able = kernels_for(call)
+    able = _accepting(call)
     times = measured_times(call)
-    timed = [kernel for kernel in able if kernel.name in times]
-    if timed and (not dense_at_hand or DENSE in times):
-        best = min(timed, key=lambda kernel: times[kernel.name])
-        return None if dense_at_hand and times[DENSE] < _WORTH_A_COPY * times[best.name] else best
-    return None if dense_at_hand and not able[0].prefers(call) else able[0]
+    if not dense_at_hand or DENSE in times:
+        for kernel in sorted(
+            (kernel for kernel in able if kernel.name in times), key=lambda kernel: times[kernel.name]
+        ):
+            if dense_at_hand and times[DENSE] < _WORTH_A_COPY * times[kernel.name]:
+                return None
+            if kernel.works(call):
+                return kernel
+    kernel = next(kernel for kernel in able if (dense_at_hand and not kernel.prefers(call)) or kernel.works(call))
+    return None if dense_at_hand and not kernel.prefers(call) else kernel
 
 
 def choose_for(
@@ -81,7 +93,7 @@ def choose_for(
 ) -> Kernel24 | None:
     """`choose_kernel` for the call that multiplies `x` by `weight`; remembered in the memo of the weight."""
     memo = weight.memo
-    if memo is None or x.dim() == 0 or x.shape[-1] != memo.in_features or _is_capturing(memo.device):
+    if memo is None or x.dim() == 0 or x.shape[-1] != memo.in_features or _is_capturing(memo.device_type):
         return choose_kernel(Call24.of(x, weight, product), dense_at_hand)
     key = (x.numel(), x.dtype, product, dense_at_hand, _generation, torch.get_num_threads())
     if key not in memo.choices:
@@ -91,6 +103,6 @@ def choose_for(
     return memo.choices[key]
 
 
-def _is_capturing(device: torch.device) -> bool:
+def _is_capturing(device_type: str) -> bool:
     """Whether a CUDA graph is being captured: some kernels cannot take part, and what is chosen then is no rule."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return device_type == "cuda" and torch.cuda.is_current_stream_capturing()

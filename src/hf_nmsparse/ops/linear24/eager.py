@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a call may go past the dispatcher of torch, straight to memory."""
+"""What the dispatcher of torch would do to a call, asked in Python: most calls may go past it, straight to memory."""
 
 from __future__ import annotations
 
@@ -25,3 +25,17 @@ def is_plain_eager(*tensors: torch.Tensor | None) -> bool:
         or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
     )
+
+
+def is_autocast(x: torch.Tensor) -> bool:
+    """Whether autocast is on for the device of `x`."""
+    if not torch._C._is_any_autocast_enabled():  # nearly always; the rest costs several times as much
+        return False
+    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+
+
+def autocast(tensor: torch.Tensor) -> torch.Tensor:
+    """What autocast, if it is on, does to an operand of a linear layer: float64 and integers are left alone."""
+    if not is_autocast(tensor) or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))

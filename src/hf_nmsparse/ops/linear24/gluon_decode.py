@@ -91,13 +91,15 @@ def fragments(words, PRODUCTS: gl.constexpr):
 
 
 @gluon.jit
-def multiply_pair(a, b, acc, metadata, A_LAYOUT: gl.constexpr, B_LAYOUT: gl.constexpr, FP16: gl.constexpr):
+def multiply_pair(a, b, acc, metadata, ACC: gl.constexpr, FP16: gl.constexpr):
     """acc + A B of two products that share a metadata word.
 
     a: int32 `[row block, (chunk), lane, register, 2]`, b: int32 `[(chunk), token block, lane, register, 2]`,
     acc: `[row block, (chunk), token block, lane, register]`, metadata: int32 of that shape with 1 token block and register.
     """
     TOKEN_AXIS: gl.constexpr = len(a.shape) - 3
+    A_LAYOUT: gl.constexpr = gl.SliceLayout(TOKEN_AXIS, ACC)
+    B_LAYOUT: gl.constexpr = gl.SliceLayout(0, ACC)
     a0, a1 = gl.split(a)
     b0, b1 = gl.split(b)
     a0 = gl.expand_dims(gl.convert_layout(a0, A_LAYOUT, assert_trivial=True), TOKEN_AXIS)
@@ -108,6 +110,19 @@ def multiply_pair(a, b, acc, metadata, A_LAYOUT: gl.constexpr, B_LAYOUT: gl.cons
     SECOND: gl.constexpr = MMA_FP16_SECOND if FP16 else MMA_BF16_SECOND
     acc = gl.inline_asm_elementwise(FIRST, MMA_CONSTRAINTS, [a0, b0, acc, metadata], gl.float32, True, 4)
     return gl.inline_asm_elementwise(SECOND, MMA_CONSTRAINTS, [a1, b1, acc, metadata], gl.float32, True, 4)
+
+
+@gluon.jit
+def multiply_two_pairs(a, b, early, late, ACC: gl.constexpr, FP16: gl.constexpr):
+    """A B of four products, of which the first two share the metadata `early`, the others `late`.
+
+    a: int32 `[row block, chunk, lane, register, 4]`, b: int32 `[chunk, token block, lane, register, 4]`.
+    """
+    part = gl.zeros([a.shape[0], a.shape[1], b.shape[1], 32, 4], gl.float32, ACC)
+    a_early, a_late = gl.split(a.reshape([a.shape[0], a.shape[1], 32, 4, 2, 2]).permute([0, 1, 2, 3, 5, 4]))
+    b_early, b_late = gl.split(b.reshape([b.shape[0], b.shape[1], 32, 4, 2, 2]).permute([0, 1, 2, 3, 5, 4]))
+    part = multiply_pair(a_early, b_early, part, early, ACC, FP16)
+    return multiply_pair(a_late, b_late, part, late, ACC, FP16)
 
 
 @gluon.jit
@@ -162,6 +177,29 @@ def metadata_words(ids, shift, ROW_BLOCKS: gl.constexpr, CHUNKS: gl.constexpr, I
 
 
 @gluon.jit
+def beside_accumulator(words, ACC: gl.constexpr):
+    """Metadata `[row block, lane, chunk]` -> `[row block, chunk, 1, lane, 1]`, in the lanes of the accumulator."""
+    WHERE: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(4, ACC))
+    words = gl.convert_layout(words.permute([0, 2, 1]), WHERE, assert_trivial=True)
+    return gl.expand_dims(gl.expand_dims(words, 2), 4)
+
+
+@gluon.jit
+def scales_of_registers(scale, ACC: gl.constexpr):
+    """Scales `[row block, chunk, row half, lane]` -> float32 `[row block, chunk, 1, lane, register]`."""
+    factor = scale.to(gl.float32).permute([0, 1, 3, 2])
+    factor = gl.join(factor, factor).reshape([scale.shape[0], scale.shape[1], 32, 4])  # register r: row half r//2
+    return gl.expand_dims(gl.convert_layout(factor, gl.SliceLayout(2, ACC), assert_trivial=True), 2)
+
+
+@gluon.jit
+def rows_of_registers(first_row, BLOCKS: gl.constexpr, LAYOUT: gl.constexpr):
+    """The row of y of each element of an accumulator `[row block, token block, lane, register]`."""
+    row = first_row + positions(BLOCKS, LAYOUT, 4, 0) * 16
+    return row + positions(32, LAYOUT, 4, 2) // 4 + positions(4, LAYOUT, 4, 3) // 2 * 8
+
+
+@gluon.jit
 def linear24_decode(
     x,  # int64 view of [tokens, K]
     values,  # int32 view of [rows, ...]
@@ -196,8 +234,6 @@ def linear24_decode(
         [1, K_WARPS, TOKEN_WARPS, 1, 1],
         [4, 3, 1, 2, 0],
     )
-    A_LAYOUT: gl.constexpr = gl.SliceLayout(2, ACC)
-    B_LAYOUT: gl.constexpr = gl.SliceLayout(0, ACC)
     VALUES: gl.constexpr = gl.SliceLayout(  # [row block, chunk, row half, lane, word]
         2,
         gl.BlockedLayout(
@@ -274,34 +310,19 @@ def linear24_decode(
         a = fragments(a, G // 2)
         b = fragments(b, G // 2)
         early, late = metadata_words(ids_here, id_shift, ROW_BLOCKS, CHUNKS, IDS)
-        META: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(4, ACC))
-        early = gl.convert_layout(early.permute([0, 2, 1]), META, assert_trivial=True)
-        early = gl.expand_dims(gl.expand_dims(early, 2), 4)
+        early = beside_accumulator(early, ACC)
         if KIND == "dense":
-            acc = multiply_pair(a, b, acc, early, A_LAYOUT, B_LAYOUT, FP16)
+            acc = multiply_pair(a, b, acc, early, ACC, FP16)
         else:
-            late = gl.convert_layout(late.permute([0, 2, 1]), META, assert_trivial=True)
-            late = gl.expand_dims(gl.expand_dims(late, 2), 4)
-            a = a.reshape([ROW_BLOCKS, CHUNKS, 32, 4, 2, 2]).permute([0, 1, 2, 3, 5, 4])
-            b = b.reshape([CHUNKS, TOKEN_BLOCKS, 32, 4, 2, 2]).permute([0, 1, 2, 3, 5, 4])
-            a_early, a_late = gl.split(a)
-            b_early, b_late = gl.split(b)
-            part = gl.zeros([ROW_BLOCKS, CHUNKS, TOKEN_BLOCKS, 32, 4], gl.float32, ACC)
-            part = multiply_pair(a_early, b_early, part, early, A_LAYOUT, B_LAYOUT, FP16)
-            part = multiply_pair(a_late, b_late, part, late, A_LAYOUT, B_LAYOUT, FP16)
-            scale_inside = scale_chunk + step * CHUNKS < (K + 127) // 128
-            factor = gl.load(scale_pointers + step * CHUNKS, scale_inside, 0).to(gl.float32)
-            factor = factor.permute([0, 1, 3, 2])
-            factor = gl.join(factor, factor).reshape([ROW_BLOCKS, CHUNKS, 32, 4])  # register r: row half r//2
-            factor = gl.expand_dims(gl.convert_layout(factor, A_LAYOUT, assert_trivial=True), 2)
-            acc = acc + factor * part
+            part = multiply_two_pairs(a, b, early, beside_accumulator(late, ACC), ACC, FP16)
+            inside = scale_chunk + step * CHUNKS < (K + 127) // 128
+            factor = gl.load(scale_pointers + step * CHUNKS, inside, 0)
+            acc = acc + scales_of_registers(factor, ACC) * part
 
     total = gl.sum(acc, 1)  # [row block, token block, lane, register]
     OUT: gl.constexpr = gl.SliceLayout(1, ACC)
-    lane = positions(32, OUT, 4, 2)
-    register = positions(4, OUT, 4, 3)
-    row = (first_block + positions(ROW_BLOCKS, OUT, 4, 0)) * 16 + lane // 4 + register // 2 * 8
-    token = positions(TOKEN_BLOCKS, OUT, 4, 1) * 8 + lane % 4 * 2 + register % 2
+    row = rows_of_registers(first_block * 16, ROW_BLOCKS, OUT)
+    token = positions(TOKEN_BLOCKS, OUT, 4, 1) * 8 + positions(32, OUT, 4, 2) % 4 * 2 + positions(4, OUT, 4, 3) % 2
     if HAS_BIAS and K_PARTS == 1:
         total = total + gl.load(bias + gl.minimum(row, rows - 1)).to(gl.float32)
     part_offset = gl.program_id(1) * tokens * rows

@@ -17,7 +17,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from .gluon_decode import multiply_pair, positions
+from .gluon_decode import multiply_pair, positions, rows_of_registers
 
 # Triton 3.6 has these under other names.
 copy_to_shared = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
@@ -44,6 +44,25 @@ def b_words(token_blocks, row_warps, token_warps):
     warps = [[8 * each << bit, 0] for bit in range(token_warps.bit_length() - 1)]
     warps += [[0, 0]] * (row_warps.bit_length() - 1)
     return gl.DistributedLinearLayout(registers, lanes, warps, [], [8 * token_blocks, 32])
+
+
+@gluon.jit
+def tile_of_program(rows, tokens, ROWS: gl.constexpr, TOKENS: gl.constexpr, GROUP: gl.constexpr):
+    """First row and token of a program. Their order: a group of row tiles, then the token tiles, then the next group."""
+    row_tiles = (rows + ROWS - 1) // ROWS
+    token_tiles = (tokens + TOKENS - 1) // TOKENS
+    in_group = gl.program_id(0) % (GROUP * token_tiles)
+    first_tile = gl.program_id(0) // (GROUP * token_tiles) * GROUP
+    group = gl.minimum(row_tiles - first_tile, GROUP)
+    return (first_tile + in_group % group) * ROWS, in_group // group * TOKENS
+
+
+@gluon.jit
+def copy_step(x_tiles, w_tiles, x_pointers, w_pointers, step, steps, STAGES: gl.constexpr):
+    """Begin to copy what a step multiplies, if there is such a step, to its place in the ring of stages."""
+    copy_to_shared(x_tiles.index(step % STAGES), x_pointers + step * 32, mask=step < steps)
+    copy_to_shared(w_tiles.index(step % STAGES), w_pointers + step * 16, mask=step < steps)
+    async_copy.commit_group()
 
 
 @gluon.jit
@@ -77,7 +96,6 @@ def linear24_gemm(
         [3, 2, 1, 0],
     )
     A_LAYOUT: gl.constexpr = gl.SliceLayout(1, ACC)
-    B_LAYOUT: gl.constexpr = gl.SliceLayout(0, ACC)
     A_WORDS: gl.constexpr = a_words(ROW_BLOCKS, ROW_WARPS, TOKEN_WARPS)
     B_WORDS: gl.constexpr = b_words(TOKEN_BLOCKS, ROW_WARPS, TOKEN_WARPS)
     X_COPY: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [WARPS, 1], [1, 0])
@@ -85,14 +103,7 @@ def linear24_gemm(
     x_tiles = gl.allocate_shared_memory(gl.int32, [STAGES, TOKENS, 32], gl.SwizzledSharedLayout(4, 1, 8, [1, 0]))
     w_tiles = gl.allocate_shared_memory(gl.int32, [STAGES, ROWS, 16], gl.SwizzledSharedLayout(4, 2, 4, [1, 0]))
 
-    # Programs in the order: a group of row tiles, then the token tiles, then the next group.
-    row_tiles = (rows + ROWS - 1) // ROWS
-    token_tiles = (tokens + TOKENS - 1) // TOKENS
-    in_group = gl.program_id(0) % (GROUP * token_tiles)
-    first_tile = gl.program_id(0) // (GROUP * token_tiles) * GROUP
-    group = gl.minimum(row_tiles - first_tile, GROUP)
-    first_row = (first_tile + in_group % group) * ROWS
-    first_token = in_group // group * TOKENS
+    first_row, first_token = tile_of_program(rows, tokens, ROWS, TOKENS, GROUP)
     first_step = gl.program_id(1) * steps
     steps = gl.minimum(steps, K // 64 - first_step)  # of this program; not above 0 where K is used up
 
@@ -109,23 +120,17 @@ def linear24_gemm(
     lower_pointers = ids + lower * (K // 16) + first_step * 4 + lane % 4
 
     for stage in gl.static_range(STAGES - 1):
-        copy_to_shared(x_tiles.index(stage), x_pointers + stage * 32, mask=stage < steps)
-        copy_to_shared(w_tiles.index(stage), w_pointers + stage * 16, mask=stage < steps)
-        async_copy.commit_group()
+        copy_step(x_tiles, w_tiles, x_pointers, w_pointers, stage, steps, STAGES)
     next_upper = gl.load(upper_pointers, mask=steps > 0, other=0x4444)
     next_lower = gl.load(lower_pointers, mask=steps > 0, other=0x4444)
     acc = gl.zeros([ROW_BLOCKS, TOKEN_BLOCKS, 32, 4], gl.float32, ACC)
     if K_PARTS == 1 and HAS_BIAS:
-        register = positions(4, ACC, 4, 3)
-        row = first_row + positions(ROW_BLOCKS, ACC, 4, 0) * 16 + positions(32, ACC, 4, 2) // 4 + register // 2 * 8
-        acc = acc + gl.load(bias + gl.minimum(row, rows - 1)).to(gl.float32)
+        row = gl.minimum(rows_of_registers(first_row, ROW_BLOCKS, ACC), rows - 1)
+        acc = acc + gl.load(bias + row).to(gl.float32)
     for step in range(steps):
         async_copy.wait_group(STAGES - 2)
         barrier()  # the copies of all warps are there, and no warp reads the stage that is filled next
-        filled = step + STAGES - 1
-        copy_to_shared(x_tiles.index(filled % STAGES), x_pointers + filled * 32, mask=filled < steps)
-        copy_to_shared(w_tiles.index(filled % STAGES), w_pointers + filled * 16, mask=filled < steps)
-        async_copy.commit_group()
+        copy_step(x_tiles, w_tiles, x_pointers, w_pointers, step + STAGES - 1, steps, STAGES)
         metadata = (next_upper.to(gl.int32) & 0xFFFF) | (next_lower.to(gl.int32) << 16)
         ahead = gl.minimum(step + 1, steps - 1) * 4
         next_upper = gl.load(upper_pointers + ahead)
@@ -134,7 +139,7 @@ def linear24_gemm(
         a = a.reshape([ROW_BLOCKS, 2, 8, 2, 2, 4]).permute([0, 2, 5, 4, 1, 3]).reshape([ROW_BLOCKS, 32, 4, 2])
         b = x_tiles.index(step % STAGES).load(B_WORDS)  # token: block, q; word: h, register, t
         b = b.reshape([TOKEN_BLOCKS, 8, 2, 4, 4]).permute([0, 1, 4, 3, 2]).reshape([TOKEN_BLOCKS, 32, 4, 2])
-        acc = multiply_pair(a, b, acc, gl.expand_dims(metadata, 1), A_LAYOUT, B_LAYOUT, FP16)
+        acc = multiply_pair(a, b, acc, gl.expand_dims(metadata, 1), ACC, FP16)
 
     async_copy.wait_group(0)
     barrier()  # what follows may use the memory of the tiles

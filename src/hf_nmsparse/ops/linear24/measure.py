@@ -157,8 +157,11 @@ def interleave(
     timers = {name: _timer(run, repeats, device) for name, run in runs.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
     counter = 0
+    shuffle = random.Random(0).shuffle
+    order = list(timers.items())
     for round_number in range(rounds + 1):
-        for name, timer in timers.items():
+        shuffle(order)  # what ran just before leaves its mark on caches and clocks
+        for name, timer in order:
             milliseconds = timer(counter)
             counter += repeats
             if round_number:  # the first one warms up
@@ -281,16 +284,18 @@ def tune(calls: Iterable[Call24], rounds: int = 30, progress: Callable[[Measurem
     """
     rows: dict[tuple, dict] = {}
     machine = path = None
-    for call in calls:
-        machine = machine or machine_of(call.device, torch.get_num_threads())
-        measurement = measure_kernels(call, rounds)
-        row = measurement.row()
-        rows[row_key(row)] = row
-        path = write_tuned(machine, rows)  # after each: whoever stops keeps what was measured
-        if progress is not None:
-            progress(measurement)
-    forget_tables()
-    forget_choices()
+    try:
+        for call in calls:
+            machine = machine or machine_of(call.device, torch.get_num_threads())
+            measurement = measure_kernels(call, rounds)
+            row = measurement.row()
+            rows[row_key(row)] = row
+            path = write_tuned(machine, rows)  # after each: whoever stops keeps what was measured
+            if progress is not None:
+                progress(measurement)
+    finally:
+        forget_tables()
+        forget_choices()
     return path
 
 

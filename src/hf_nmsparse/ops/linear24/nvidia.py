@@ -3,57 +3,54 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from importlib.util import find_spec
 
 import torch
 
 from .call import FORWARD, Call24
 from .dispatch import Kernel24
+from .gpu import Division, add_parts, aligned, bias_or, ceil_div, has_gluon, multiprocessors, outputs, scaled
+from .probe import works
 from .weight import Weight24
 
-logger = logging.getLogger(__name__)
-
 MOST_DECODE_TOKENS = 64
-_ALIGNMENT = 16  # bytes a lane loads at once
-_SUM_BLOCK = 256
-_GEMM_STAGES = 3  # so that two programs of 128 x 128 share the 164 KB of an A100
-_GEMM_GROUP = 8
-GEMM_REGISTERS = 128  # a thread, for the same reason
+_DECODE, _GEMM = "mma.sp decode", "mma.sp GEMM"
+GEMM_REGISTERS = 128  # a thread, so that two programs of 128 x 128 share a multiprocessor
 
 
 @dataclass(frozen=True)
-class DecodeShape:
-    """How `gluon_decode.linear24_decode` divides its work.
+class MmaShape(Division):
+    """What the divisions of both kernels have in common.
 
     Args:
         row_blocks (`int`): blocks of 16 rows of W a program.
-        token_blocks (`int`): blocks of 8 tokens, a power of two.
-        unroll (`int`): neighbouring chunks of K that a warp loads before it multiplies.
-        k_warps (`int`): warps of a program that share the sum over K.
-        token_warps (`int`): warps that share the token blocks; they read the same part of W.
+        token_blocks (`int`): blocks of 8 tokens a program, a power of two.
+        token_warps (`int`): warps of a program that share the token blocks.
         k_parts (`int`): programs that share the sum over K; above 1, a second kernel adds their results.
     """
 
     row_blocks: int
     token_blocks: int
-    unroll: int
-    k_warps: int
     token_warps: int
     k_parts: int
 
-    def constants(self) -> dict[str, int]:
-        """The compile-time arguments of the kernel."""
-        return {
-            "ROW_BLOCKS": self.row_blocks,
-            "TOKEN_BLOCKS": self.token_blocks,
-            "UNROLL": self.unroll,
-            "K_WARPS": self.k_warps,
-            "TOKEN_WARPS": self.token_warps,
-            "K_PARTS": self.k_parts,
-        }
+    def programs(self, out_features: int, tokens: int) -> int:
+        """Tiles of y."""
+        return ceil_div(out_features, 16 * self.row_blocks) * ceil_div(tokens, 8 * self.token_blocks)
+
+
+@dataclass(frozen=True)
+class DecodeShape(MmaShape):
+    """How `gluon_decode.linear24_decode` divides its work; one program takes all tokens.
+
+    Args:
+        unroll (`int`): neighbouring chunks of K that a warp loads before it multiplies.
+        k_warps (`int`): warps of a program that share the sum over K.
+    """
+
+    unroll: int
+    k_warps: int
 
     @property
     def warps(self) -> int:
@@ -61,15 +58,31 @@ class DecodeShape:
 
     def steps(self, in_features: int, kind: str) -> int:
         """Iterations of the loop over K."""
-        return _ceil_div(in_features, (64 if kind == "dense" else 128) * self.unroll * self.k_warps * self.k_parts)
-
-    def programs(self, out_features: int) -> int:
-        """Programs side by side over the rows of W."""
-        return _ceil_div(out_features, 16 * self.row_blocks)
+        return ceil_div(in_features, (64 if kind == "dense" else 128) * self.unroll * self.k_warps * self.k_parts)
 
 
-def _ceil_div(dividend: int, divisor: int) -> int:
-    return -(-dividend // divisor)
+@dataclass(frozen=True)
+class GemmShape(MmaShape):
+    """How `gluon_gemm.linear24_gemm` divides its work.
+
+    Args:
+        row_warps (`int`): warps of a program that share the row blocks.
+        stages (`int`): steps whose copies are under way at once; with 3, two programs of 128 x 128 share the 164 KB of an
+            A100.
+        group (`int`): tiles of rows whose programs run together.
+    """
+
+    row_warps: int
+    stages: int = 3
+    group: int = 8
+
+    @property
+    def warps(self) -> int:
+        return self.row_warps * self.token_warps
+
+    def steps(self, in_features: int) -> int:
+        """Iterations of the loop over K, 64 columns each."""
+        return ceil_div(in_features, 64 * self.k_parts)
 
 
 def _power_of_two_from(number: int) -> int:
@@ -89,57 +102,22 @@ def decode_shape(out_features: int, in_features: int, tokens: int, kind: str, mu
     the second kernel costs about as much as reading a megabyte.
     """
     dense = kind == "dense"
-    chunks = _ceil_div(in_features, 64 if dense else 128)
-    token_blocks = _power_of_two_from(_ceil_div(tokens, 8))
+    chunks = ceil_div(in_features, 64 if dense else 128)
+    token_blocks = _power_of_two_from(ceil_div(tokens, 8))
     shares_x = dense and (token_blocks == 2 or (4 < tokens <= 8 and out_features >= 32 * multiprocessors))
     token_warps = max(1, token_blocks // 2)
     k_warps = 4 if token_warps == 4 else 8
     unroll = 2 if dense and token_blocks == 1 and not shares_x and chunks > k_warps else 1
-    shape = DecodeShape(2 if shares_x else 1, token_blocks, unroll, k_warps, token_warps, k_parts=1)
-    idle_parts = multiprocessors // shape.programs(out_features)
+    shape = DecodeShape(
+        row_blocks=2 if shares_x else 1,
+        token_blocks=token_blocks,
+        token_warps=token_warps,
+        k_parts=1,
+        unroll=unroll,
+        k_warps=k_warps,
+    )
+    idle_parts = multiprocessors // shape.programs(out_features, tokens)
     return replace(shape, k_parts=max(1, min(idle_parts, shape.steps(in_features, kind) // 4)))
-
-
-@dataclass(frozen=True)
-class GemmShape:
-    """How `gluon_gemm.linear24_gemm` divides its work.
-
-    Args:
-        row_blocks (`int`): blocks of 16 rows of W a program.
-        token_blocks (`int`): blocks of 8 tokens a program.
-        row_warps (`int`), token_warps (`int`): warps that share them.
-        k_parts (`int`): programs that share the sum over K; above 1, a second kernel adds their results.
-    """
-
-    row_blocks: int
-    token_blocks: int
-    row_warps: int
-    token_warps: int
-    k_parts: int
-
-    def constants(self) -> dict[str, int]:
-        """The compile-time arguments of the kernel."""
-        return {
-            "ROW_BLOCKS": self.row_blocks,
-            "TOKEN_BLOCKS": self.token_blocks,
-            "ROW_WARPS": self.row_warps,
-            "TOKEN_WARPS": self.token_warps,
-            "STAGES": _GEMM_STAGES,
-            "K_PARTS": self.k_parts,
-            "GROUP": _GEMM_GROUP,
-        }
-
-    @property
-    def warps(self) -> int:
-        return self.row_warps * self.token_warps
-
-    def steps(self, in_features: int) -> int:
-        """Iterations of the loop over K, 64 columns each."""
-        return _ceil_div(in_features, 64 * self.k_parts)
-
-    def programs(self, out_features: int, tokens: int) -> int:
-        """Tiles of y."""
-        return _ceil_div(out_features, 16 * self.row_blocks) * _ceil_div(tokens, 8 * self.token_blocks)
 
 
 @lru_cache(maxsize=1024)
@@ -149,74 +127,33 @@ def gemm_shape(out_features: int, in_features: int, tokens: int, multiprocessors
     Tiles of 128 x 128 read least for each product; where they leave multiprocessors without work, tiles of 64 tokens, and
     then K split so that each part still has 8 steps, more than the pipeline is deep.
     """
-    shape = GemmShape(row_blocks=8, token_blocks=16, row_warps=4, token_warps=2, k_parts=1)
+    shape = GemmShape(row_blocks=8, token_blocks=16, token_warps=2, k_parts=1, row_warps=4)
     if tokens <= 64 or shape.programs(out_features, tokens) < multiprocessors:
         shape = replace(shape, token_blocks=8)
     idle_parts = multiprocessors // shape.programs(out_features, tokens)
     return replace(shape, k_parts=max(1, min(idle_parts, in_features // 64 // 8)))
 
 
-@lru_cache(maxsize=1)
-def _triton_has_gluon() -> bool:
-    return find_spec("triton") is not None and find_spec("triton.experimental.gluon") is not None
-
-
-def _accepts(call: Call24) -> bool:
-    return (
-        call.device.type == "cuda"
-        and call.product == FORWARD
-        and call.dtype in (torch.bfloat16, torch.float16)
-        and call.tokens > 0
-        and call.in_features % 64 == 0
-        and call.in_features > 0
-        and call.out_features > 0
-        and call.out_features * call.in_features // 4 < 2**31  # the kernels count in 32 bits
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(call.device) >= (8, 0)
-        and _triton_has_gluon()
-    )
-
-
-def _aligned(tensor: torch.Tensor, name: str) -> torch.Tensor:
-    """The tensor, or a copy, where its rows do not lie one after the other from an address that vector loads take."""
-    if tensor.is_contiguous() and tensor.data_ptr() % _ALIGNMENT == 0:
-        return tensor
-    logger.debug("linear_24: %s is not contiguous from an address divisible by %d; copied", name, _ALIGNMENT)
-    return tensor.clone(memory_format=torch.contiguous_format)
-
-
-def _scaled(x: torch.Tensor, weight: Weight24) -> torch.Tensor:
-    """x times the input scale of the weight, which commutes with the product."""
-    if weight.scale is None or weight.input_scale is None:
-        return x
-    return (x.float() * weight.input_scale.float()).to(x.dtype)
-
-
-def _bias_or(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """A pointer for the kernels, which do not follow it where there is no bias."""
-    return x if bias is None else bias.contiguous()
-
-
 def decode_operands(x: torch.Tensor, weight: Weight24, bias: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
     """x, values, ids, scale and bias as the decode kernel takes them."""
-    x = _aligned(_scaled(x, weight), "x")
+    x = aligned(scaled(x, weight), "x")
     return (
         x.view(torch.int64),
-        _aligned(weight.values, "values").view(torch.int32),
-        _aligned(weight.ids, "ids").view(torch.int64),
+        aligned(weight.values, "values").view(torch.int32),
+        aligned(weight.ids, "ids").view(torch.int64),
         x if weight.scale is None else weight.scale.contiguous(),
-        _bias_or(x, bias),
+        bias_or(x, bias),
     )
 
 
 def gemm_operands(x: torch.Tensor, weight: Weight24, bias: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
     """x, values, ids and bias as the GEMM kernel takes them."""
-    x = _aligned(x, "x")
+    x = aligned(x, "x")
     return (
         x.view(torch.int32),
-        _aligned(weight.values, "values").view(torch.int32),
-        _aligned(weight.ids, "ids").view(torch.int16),
-        _bias_or(x, bias),
+        aligned(weight.values, "values").view(torch.int32),
+        aligned(weight.ids, "ids").view(torch.int16),
+        bias_or(x, bias),
     )
 
 
@@ -225,10 +162,10 @@ def decode(x: torch.Tensor, weight: Weight24, bias: torch.Tensor | None, shape: 
     from .gluon_decode import linear24_decode
 
     tokens, rows = x.shape[0], weight.out_features
-    y, parts = _outputs(x, rows, shape.k_parts)
+    y, parts = outputs(x, rows, shape.k_parts)
     operands = decode_operands(x, weight, bias)
     with torch.cuda.device(x.device):
-        linear24_decode[(shape.programs(rows), shape.k_parts)](
+        linear24_decode[(shape.programs(rows, tokens), shape.k_parts)](
             *operands,
             parts,
             tokens,
@@ -242,7 +179,7 @@ def decode(x: torch.Tensor, weight: Weight24, bias: torch.Tensor | None, shape: 
             num_warps=shape.warps,
         )
         if shape.k_parts > 1:
-            _add_parts(parts, bias, y)
+            add_parts(parts, bias, y)
     return y
 
 
@@ -251,7 +188,7 @@ def gemm(x: torch.Tensor, weight: Weight24, bias: torch.Tensor | None, shape: Ge
     from .gluon_gemm import linear24_gemm
 
     tokens, rows = x.shape[0], weight.out_features
-    y, parts = _outputs(x, rows, shape.k_parts)
+    y, parts = outputs(x, rows, shape.k_parts)
     operands = gemm_operands(x, weight, bias)
     with torch.cuda.device(x.device):
         linear24_gemm[(shape.programs(rows, tokens), shape.k_parts)](
@@ -268,52 +205,54 @@ def gemm(x: torch.Tensor, weight: Weight24, bias: torch.Tensor | None, shape: Ge
             maxnreg=GEMM_REGISTERS,
         )
         if shape.k_parts > 1:
-            _add_parts(parts, bias, y)
+            add_parts(parts, bias, y)
     return y
-
-
-def _outputs(x: torch.Tensor, rows: int, k_parts: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """y, and what the kernel writes: y itself, or float32 `[k_parts, tokens, rows]`."""
-    y = x.new_empty(x.shape[0], rows)
-    return y, y if k_parts == 1 else x.new_empty(k_parts, x.shape[0], rows, dtype=torch.float32)
-
-
-def _add_parts(parts: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor) -> None:
-    """y = bias + the sum of parts over their first axis, in order."""
-    from .gluon_decode import sum_of_parts
-
-    sum_of_parts[(_ceil_div(y.numel(), _SUM_BLOCK),)](
-        parts,
-        _bias_or(y, bias),
-        y,
-        y.shape[1],
-        y.numel(),
-        HAS_BIAS=bias is not None,
-        K_PARTS=len(parts),
-        BLOCK=_SUM_BLOCK,
-        num_warps=_SUM_BLOCK // 32,
-    )
-
-
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _run_decode(x: torch.Tensor, weight: Weight24, bias: torch.Tensor | None) -> torch.Tensor:
     rows, columns, flat = weight.out_features, weight.in_features, x.reshape(-1, weight.in_features)
-    shape = decode_shape(rows, columns, len(flat), weight.kind, _multiprocessors(x.device))
+    shape = decode_shape(rows, columns, len(flat), weight.kind, multiprocessors(x.device))
     return decode(flat, weight, bias, shape).view(*x.shape[:-1], rows)
 
 
 def _run_gemm(x: torch.Tensor, weight: Weight24, bias: torch.Tensor | None) -> torch.Tensor:
     rows, columns, flat = weight.out_features, weight.in_features, x.reshape(-1, weight.in_features)
-    shape = gemm_shape(rows, columns, len(flat), _multiprocessors(x.device))
+    shape = gemm_shape(rows, columns, len(flat), multiprocessors(x.device))
     return gemm(flat, weight, bias, shape).view(*x.shape[:-1], rows)
+
+
+def _fits(call: Call24) -> bool:
+    """Whether a call is of the kind that both kernels take."""
+    return (
+        call.device.type == "cuda"
+        and call.product == FORWARD
+        and call.dtype in (torch.bfloat16, torch.float16)
+        and call.tokens > 0
+        and call.in_features % 64 == 0
+        and call.in_features > 0
+        and call.out_features > 0
+        and call.out_features * call.in_features // 4 < 2**31  # the kernels count in 32 bits
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(call.device) >= (8, 0)
+        and has_gluon()
+    )
+
+
+def _accepts_decode(call: Call24) -> bool:
+    return call.tokens <= MOST_DECODE_TOKENS and _fits(call)
+
+
+def _decode_works(call: Call24) -> bool:
+    return works(_DECODE, _run_decode, call.device, call.dtype, call.kind)
 
 
 def _accepts_gemm(call: Call24) -> bool:
     few_enough = call.tokens * max(call.in_features, call.out_features) < 2**31  # the kernel counts in 32 bits
-    return call.kind == "dense" and few_enough and _accepts(call)
+    return call.kind == "dense" and few_enough and _fits(call)
+
+
+def _gemm_works(call: Call24) -> bool:
+    return works(_GEMM, _run_gemm, call.device, call.dtype)
 
 
 def _prefers_decode(call: Call24) -> bool:
@@ -330,10 +269,5 @@ def _prefers_gemm(call: Call24) -> bool:
     return call.tokens > 16 and (call.tokens <= 256 or torch.cuda.get_device_capability(call.device) < (9, 0))
 
 
-DECODE = Kernel24(
-    "mma.sp decode",
-    lambda call: call.tokens <= MOST_DECODE_TOKENS and _accepts(call),
-    _run_decode,
-    _prefers_decode,
-)
-GEMM = Kernel24("mma.sp GEMM", _accepts_gemm, _run_gemm, _prefers_gemm)
+DECODE = Kernel24(_DECODE, _accepts_decode, _run_decode, _prefers_decode, _decode_works)
+GEMM = Kernel24(_GEMM, _accepts_gemm, _run_gemm, _prefers_gemm, _gemm_works)

@@ -11,7 +11,7 @@ import torch
 from ...codec import columns_of_24
 from .call import FORWARD, INPUT_GRADIENT
 from .dispatch import Kernel24, choose_for
-from .eager import is_plain_eager
+from .eager import autocast, is_autocast, is_plain_eager
 from .weight import Weight24
 
 
@@ -24,7 +24,7 @@ def linear_24(
         x (`torch.Tensor`): `[..., in]`, float16, bfloat16, float32 or float64.
         weight (`Weight24`): its dtype is that of `x` (unless autocast casts both).
         bias (`torch.Tensor`, *optional*): `[out]`.
-        kernel (`Kernel24`, *optional*): what `choose_for` chose for this very call, to save asking again.
+        kernel (`Kernel24`, *optional*): what `choose_for` chose for this very call, after autocast, to save asking again.
 
     Returns:
         `[..., out]`, dtype of `x`.
@@ -32,24 +32,16 @@ def linear_24(
     Raises:
         RuntimeError: if dtypes or shapes do not fit, as `torch.nn.functional.linear` does.
     """
-    values, scale, input_scale = weight.values, weight.scale, weight.input_scale
-    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x = _autocast(x, dtype)
-        operands = (values, scale, input_scale, bias)
-        values, scale, input_scale, bias = (None if t is None else _autocast(t, dtype) for t in operands)
-    elif not _needs_gradient(x, values, bias) and is_plain_eager(
+    if is_autocast(x):
+        x, bias, *tensors = (None if tensor is None else autocast(tensor) for tensor in (x, bias, *weight.tensors))
+        weight = Weight24(*tensors)
+    if not _needs_gradient(x, weight.values, bias) and is_plain_eager(
         x, bias, *(() if weight.memo else weight.tensors)
     ):  # a memo is of plain ones
         # Nothing for the dispatcher of torch to do, and going through it costs more than a small layer.
         _check_operands(x, weight, bias)
         return _run(x, weight, bias, FORWARD, kernel)
-    return _linear_24(x, values, weight.ids, bias, scale, input_scale)
-
-
-def _autocast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What autocast does to an operand of a linear layer: float64 and integers are left alone."""
-    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+    return _linear_24(x, weight.values, weight.ids, bias, weight.scale, weight.input_scale)
 
 
 def _needs_gradient(x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None) -> bool:

@@ -5,21 +5,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from importlib.util import find_spec
+from typing import ClassVar
 
 import torch
 
 from .call import FORWARD, Call24
 from .dispatch import Kernel24
+from .gpu import Division, bias_or, ceil_div, has_triton, multiprocessors, outputs, scaled
+from .probe import works
 from .weight import Weight24
 
+_NAME = "Triton"
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _FEW_TOKENS = 16  # the least that `tl.dot` takes everywhere
 _MOST_TILES = 65535  # of the second axis of a grid
 
 
 @dataclass(frozen=True)
-class TileShape:
+class TileShape(Division):
     """How `triton_portable.linear24_portable` divides its work.
 
     Args:
@@ -31,6 +34,8 @@ class TileShape:
         k_parts (`int`): programs that share the sum over K; above 1, torch adds their results.
     """
 
+    launch_fields: ClassVar[tuple[str, ...]] = ("warps", "stages", "k_parts")
+
     rows: int
     tokens: int
     columns: int
@@ -40,19 +45,11 @@ class TileShape:
 
     def grid(self, out_features: int, tokens: int) -> tuple[int, int, int]:
         """Programs along rows, tokens and K."""
-        return _ceil_div(out_features, self.rows), _ceil_div(tokens, self.tokens), self.k_parts
+        return ceil_div(out_features, self.rows), ceil_div(tokens, self.tokens), self.k_parts
 
     def steps(self, in_features: int) -> int:
         """Iterations of the loop over K."""
-        return _ceil_div(_ceil_div(in_features, self.columns), self.k_parts)
-
-    def constants(self) -> dict[str, int]:
-        """The compile-time arguments of the kernel."""
-        return {"ROWS": self.rows, "TOKENS": self.tokens, "COLUMNS": self.columns}
-
-
-def _ceil_div(dividend: int, divisor: int) -> int:
-    return -(-dividend // divisor)
+        return ceil_div(ceil_div(in_features, self.columns), self.k_parts)
 
 
 @lru_cache(maxsize=1024)
@@ -82,20 +79,17 @@ def multiply(x: torch.Tensor, weight: Weight24, bias: torch.Tensor | None, shape
     from .triton_portable import linear24_portable
 
     tokens, rows = x.shape[0], weight.out_features
-    if weight.scale is not None and weight.input_scale is not None:  # it commutes with the product
-        x = (x.float() * weight.input_scale.float()).to(x.dtype)
     values, ids = weight.values.contiguous(), weight.ids.contiguous()
     scale = ids if weight.scale is None else weight.scale.contiguous()
-    parts = None if shape.k_parts == 1 else x.new_empty(shape.k_parts, tokens, rows, dtype=torch.float32)
-    y = x.new_empty(tokens, rows) if parts is None else parts
+    y, parts = outputs(x, rows, shape.k_parts)
     with torch.cuda.device(x.device):
         linear24_portable[shape.grid(rows, tokens)](
-            x.contiguous(),
+            scaled(x, weight).contiguous(),
             values,
             ids,
             scale,
-            x if bias is None else bias.contiguous(),
-            y,
+            bias_or(x, bias),
+            parts,
             tokens,
             rows,
             weight.in_features,
@@ -109,7 +103,7 @@ def multiply(x: torch.Tensor, weight: Weight24, bias: torch.Tensor | None, shape
             num_warps=shape.warps,
             num_stages=shape.stages,
         )
-    return y if parts is None else parts.sum(0).to(x.dtype)  # a sum whose order is fixed by the shape
+    return y if shape.k_parts == 1 else y.copy_(parts.sum(0))  # a sum whose order is fixed by the shape
 
 
 def _has_tensor_cores(device: torch.device) -> bool:
@@ -120,14 +114,8 @@ def _has_tensor_cores(device: torch.device) -> bool:
 def _run(x: torch.Tensor, weight: Weight24, bias: torch.Tensor | None) -> torch.Tensor:
     rows, columns, flat = weight.out_features, weight.in_features, x.reshape(-1, weight.in_features)
     narrow = x.dtype == torch.float32 or columns % 32 != 0 or not _has_tensor_cores(x.device)
-    multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count
-    shape = tile_shape(rows, columns, len(flat), narrow, multiprocessors)
+    shape = tile_shape(rows, columns, len(flat), narrow, multiprocessors(x.device))
     return multiply(flat, weight, bias, shape).view(*x.shape[:-1], rows)
-
-
-@lru_cache(maxsize=1)
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
 
 
 def _accepts(call: Call24) -> bool:
@@ -138,8 +126,12 @@ def _accepts(call: Call24) -> bool:
         and 0 < call.tokens <= _MOST_TILES * _FEW_TOKENS
         and call.out_features > 0
         and call.in_features > 0
-        and _has_triton()
+        and has_triton()
     )
 
 
-PORTABLE = Kernel24("Triton", _accepts, _run, lambda call: call.tokens <= _FEW_TOKENS)
+def _works(call: Call24) -> bool:
+    return works(_NAME, _run, call.device, call.dtype, call.kind)
+
+
+PORTABLE = Kernel24(_NAME, _accepts, _run, lambda call: call.tokens <= _FEW_TOKENS, _works)

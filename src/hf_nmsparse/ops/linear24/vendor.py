@@ -17,19 +17,16 @@ thread 203), that pays, against unpacking and the dense product, from
 
 from __future__ import annotations
 
-import logging
-import math
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 from .call import FORWARD, Call24
 from .dispatch import Kernel24
+from .probe import works
 from .weight import Weight24
-
-logger = logging.getLogger(__name__)
 
 _LEAST_TOKENS = 256
 _TOKEN_MULTIPLE = 8
@@ -76,34 +73,7 @@ def _cut(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return y[: x.numel() // x.shape[-1]].contiguous().view(*x.shape[:-1], -1)
 
 
-def _small_case(device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, Weight24, torch.Tensor]:
-    """x, weight and bias of whole numbers so small that every sum is exact, without a period."""
-
-    def numbers(*shape: int, below: int) -> torch.Tensor:
-        count = torch.arange(math.prod(shape), device=device).view(shape)
-        return count * count // 5 % below
-
-    patterns = torch.tensor([0x4, 0x8, 0x9, 0xC, 0xD, 0xE], device=device)
-    low, high = patterns[numbers(64, 16, 2, below=6)].unbind(-1)
-    weight = Weight24((numbers(64, 64, below=5) - 2).to(dtype), (low | high << 4).to(torch.uint8))
-    return (numbers(8, 128, below=3) - 1).to(dtype), weight, (numbers(64, below=7) - 3).to(dtype)
-
-
-@lru_cache(maxsize=64)
-def _works(name: str, run: Callable, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the operation is there and right, tried once a process: which GPUs have it differs between releases."""
-    x, weight, bias = _small_case(device, dtype)
-    reason = "its result is wrong"
-    try:
-        works = torch.equal(run(x, weight, bias), F.linear(x, weight.dense(), bias))
-    except (RuntimeError, NotImplementedError) as error:
-        works, reason = False, str(error).partition("\n")[0]
-    if not works:
-        logger.debug("linear_24: %s is not used for %s on %s: %s", name, dtype, device, reason)
-    return works
-
-
-def _accepts(call: Call24, name: str, run: Callable, multiples: tuple[int, int]) -> bool:
+def _accepts(call: Call24, multiples: tuple[int, int]) -> bool:
     return (
         call.device.type == "cuda"
         and call.product == FORWARD
@@ -112,14 +82,19 @@ def _accepts(call: Call24, name: str, run: Callable, multiples: tuple[int, int])
         and call.tokens >= _LEAST_TOKENS
         and call.out_features % multiples[0] == 0
         and call.in_features % multiples[1] == 0
-        and not torch.cuda.is_current_stream_capturing()  # comparing results would break the capture
-        and _works(name, run, call.device, call.dtype)
+        and not torch.cuda.is_current_stream_capturing()  # libraries that may plan and allocate at each call
     )
 
 
 def _kernel(name: str, run: Callable, multiples: tuple[int, int]) -> Kernel24:
     """A kernel for weights whose rows and columns are divisible by `multiples`."""
-    return Kernel24(name, partial(_accepts, name=name, run=run, multiples=multiples), run, lambda call: False)
+    return Kernel24(
+        name,
+        partial(_accepts, multiples=multiples),
+        run,
+        prefers=lambda call: False,
+        works=lambda call: works(name, run, call.device, call.dtype, ours=False),
+    )
 
 
 CUTLASS = _kernel("CUTLASS", _run_cutlass, (32, 64))

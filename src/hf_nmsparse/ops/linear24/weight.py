@@ -130,13 +130,24 @@ class Memo24:
         RuntimeError: as `Weight24.check`.
     """
 
-    __slots__ = ("_seen", "choices", "device", "dtype", "in_features", "kind", "out_features", "prepared")
+    __slots__ = (
+        "_seen",
+        "choices",
+        "device",
+        "device_type",
+        "dtype",
+        "in_features",
+        "kind",
+        "out_features",
+        "prepared",
+    )
 
     def __init__(self, weight: Weight24) -> None:
         weight.check()
         self._seen = tuple(_Seen(tensor) for tensor in weight.tensors)
         self.out_features, self.in_features = weight.out_features, weight.in_features
         self.kind, self.dtype, self.device = weight.kind, weight.dtype, weight.device
+        self.device_type = self.device.type  # torch makes the string anew each time
         self.choices: dict[tuple, Any] = {}  # what the dispatcher chose, by what decides it
         self.prepared: Any = None  # what a kernel makes of the tensors' addresses
 
