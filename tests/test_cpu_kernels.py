@@ -12,7 +12,8 @@ import torch.nn.functional as F
 
 import hf_nmsparse as nms
 from hf_nmsparse import NMPattern, ops
-from hf_nmsparse.ops.linear24 import cpu, machine, native_build
+from hf_nmsparse.ops import machine, native_build
+from hf_nmsparse.ops.linear24 import cpu
 
 BUILDS = {
     "native": ("-march=native",),
@@ -163,7 +164,8 @@ import ctypes, mmap, sys
 from pathlib import Path
 import torch
 from hf_nmsparse import ops
-from hf_nmsparse.ops.linear24 import cpu, native_build
+from hf_nmsparse.ops import native_build
+from hf_nmsparse.ops.linear24 import cpu
 
 libc, PAGE, maps = ctypes.CDLL(None), mmap.PAGESIZE, []
 

@@ -23,6 +23,7 @@ from ..codec import (
     unpack_codes,
     unpack_nibbles,
 )
+from .eager import autocast, is_plain_eager
 from .linear24 import (
     DENSE,
     FORWARD,
@@ -32,11 +33,9 @@ from .linear24 import (
     Kernel24,
     Memo24,
     Weight24,
-    autocast,
     choose_for,
     choose_kernel,
     forget_choices,
-    is_plain_eager,
     kernels_for,
     linear_24,
     measured_times,

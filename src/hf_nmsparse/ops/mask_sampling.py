@@ -16,11 +16,14 @@ cache.
 from __future__ import annotations
 
 import math
+from types import ModuleType
 
 import torch
 
 from ..pattern import NMPattern
+from . import gpu_masks, native_masks
 from .candidate_masks import CandidateSampler
+from .eager import is_plain_eager
 from .elementwise_masks import ElementwiseSampler
 from .philox import NoiseKey
 from .sampler import Sampler, SamplingState
@@ -103,6 +106,11 @@ def _row_slices(logits: torch.Tensor, pattern: NMPattern, in_features: int) -> l
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
+def _fused(weight: torch.Tensor, logits: torch.Tensor, pattern: NMPattern) -> ModuleType | None:
+    """The module whose kernels do all of it at once, if there is one for these; they draw the same noise."""
+    return next((module for module in (native_masks, gpu_masks) if module.takes(weight, logits, pattern)), None)
+
+
 class _MaskedWeight(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight, logits, temperature, logit_scale, regularization, step, draw, pattern, key, hard):
@@ -118,6 +126,8 @@ class _MaskedWeight(torch.autograd.Function):
                     torch.where(mask, weight[rows], weight.new_zeros(()), out=result[rows])
                 return result
             state = SamplingState(temperature, logit_scale, regularization, step, draw)
+            if fused := _fused(weight, logits, pattern):
+                return fused.masked_weight(weight, logits, pattern, key, state)
             sampler = _sampler_class(logits)(logits, pattern, in_features, key, state, noise=True)
             for rows in slices:
                 torch.mul(weight[rows], sampler.mask(sampler.distribution(rows)), out=result[rows])
@@ -133,6 +143,9 @@ class _MaskedWeight(torch.autograd.Function):
         weight, logits, *scalars = ctx.saved_tensors
         pattern, hard, in_features = ctx.pattern, ctx.hard, weight.shape[1]
         state = SamplingState(*scalars)
+        if not hard and is_plain_eager(grad) and (fused := _fused(weight, logits, pattern)):
+            wanted = ctx.needs_input_grad[:2]
+            return *fused.gradients(grad, weight, logits, pattern, ctx.key, state, wanted), *[None] * 8
         sampler = _sampler_class(logits)(logits, pattern, in_features, ctx.key, state, noise=not hard)
         reward = 2 * state.regularization.to(sampler.dtype)
         grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[0] else None

@@ -4,7 +4,6 @@
 from .call import FORWARD, INPUT_GRADIENT, Call24
 from .cpu import NATIVE, NATIVE_UNPACKED, NATIVE_UNPACKED_INPUT_GRADIENT, unpack_weight
 from .dispatch import Kernel24, choose_for, choose_kernel, forget_choices, kernels_for, register_kernel
-from .eager import autocast, is_plain_eager
 from .hopper import WGMMA
 from .nvidia import DECODE, GEMM
 from .operator import linear_24
@@ -39,11 +38,9 @@ __all__ = [
     "Kernel24",
     "Memo24",
     "Weight24",
-    "autocast",
     "choose_for",
     "choose_kernel",
     "forget_choices",
-    "is_plain_eager",
     "kernels_for",
     "linear_24",
     "measured_times",

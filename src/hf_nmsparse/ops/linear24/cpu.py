@@ -8,10 +8,10 @@ import ctypes
 import torch
 import torch.nn.functional as F
 
+from ..eager import is_plain_eager
+from ..native_build import native_library
 from .call import FORWARD, INPUT_GRADIENT, Call24
 from .dispatch import Kernel24
-from .eager import is_plain_eager
-from .native_build import native_library
 from .weight import VALUE_KINDS, Weight24
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 
 from ...codec import columns_of_24
+from ..eager import autocast, is_autocast, is_plain_eager
 from .call import FORWARD, INPUT_GRADIENT
 from .dispatch import Kernel24, choose_for
-from .eager import autocast, is_autocast, is_plain_eager
 from .weight import Weight24
 
 

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 _TOKENS, _ROWS, _COLUMNS = 8, 64, 2 * SCALE_COLUMNS  # what every kernel takes
 _LONGEST_REASON = 300
-_ADVICE = (
+ADVICE = (
     "; slower ways take its place. To compile, Triton needs a C compiler (gcc or clang, or the variable CC), the headers of "
     "Python, and to know this GPU"
 )
@@ -56,25 +56,30 @@ def works(
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             _say_untried(*case, level)
             return False
-        reason = _failure(run, *small_case(device, dtype, kind))
+        reason = failure(lambda: _is_right(run, *small_case(device, dtype, kind)))
         if reason:
-            advice = _ADVICE if ours else ""
+            advice = ADVICE if ours else ""
             logger.log(level, "linear_24: %s is not used on %s for %s, %s values: %s%s", *case, reason, advice)
         _known[case] = reason is None
     return _known[case]
 
 
-def _failure(run: Callable, x: torch.Tensor, weight: Weight24, bias: torch.Tensor) -> str | None:
-    """What is wrong with a kernel, if anything, in one line."""
+def failure(right: Callable[[], bool]) -> str | None:
+    """What is wrong with a kernel, if anything, in one line, from a trial that says whether its result is right."""
     try:
-        with torch.autocast(x.device.type, enabled=False):
-            right = torch.equal(run(x, weight, bias), UNPACKED.run(x, weight, bias))
+        if right():
+            return None
     except torch.OutOfMemoryError:
         raise  # it says nothing about the kernel
     except _failures() as error:
         message = getattr(error, "error_message", None) or str(error)  # Triton's, without the source of the kernel
         return shorten(f"{type(error).__name__}: {message}", _LONGEST_REASON)
-    return None if right else "its result is wrong, please report that"
+    return "its result is wrong, please report that"
+
+
+def _is_right(run: Callable, x: torch.Tensor, weight: Weight24, bias: torch.Tensor) -> bool:
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.equal(run(x, weight, bias), UNPACKED.run(x, weight, bias))
 
 
 def _failures() -> tuple[type[Exception], ...]:

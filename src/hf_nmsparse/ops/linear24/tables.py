@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from ...errors import FormatError
+from ..machine import cache_folder, cpu_name
+from ..native_build import native_library
 from .call import Call24
-from .machine import cache_folder, cpu_name
-from .native_build import native_library
 
 logger = logging.getLogger(__name__)
 

@@ -64,7 +64,7 @@ def build(*architecture: str) -> Path:
     key = hashlib.sha256(repr((flags, runtime, compiler, platform.machine(), processor_flags())).encode())
     for source in sources:
         key.update(source.read_bytes())
-    library = cache_folder() / "native" / f"linear24-{key.hexdigest()[:16]}.so"
+    library = cache_folder() / "native" / f"kernels-{key.hexdigest()[:16]}.so"
     if not library.exists():
         _compile(compiler, flags, runtime, library)
     return library
@@ -80,10 +80,11 @@ def _compile(compiler: str, flags: tuple[str, ...], runtime: tuple[str, ...], li
     logger.info("compiling the CPU kernels, once: %s", library)
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        object_file, made = Path(folder) / "linear24.o", Path(folder) / "linear24.so"
-        compile_it = [compiler, *flags, "-c", str(SOURCE_FOLDER / "linear24.cpp"), "-o", str(object_file)]
-        link_it = [compiler, "-shared", str(object_file), *runtime, "-o", str(made)]
-        for command in (compile_it, link_it):
+        made = Path(folder) / library.name
+        objects = {source: Path(folder) / f"{source.stem}.o" for source in sorted(SOURCE_FOLDER.glob("*.cpp"))}
+        compile_all = [[compiler, *flags, "-c", str(source), "-o", str(out)] for source, out in objects.items()]
+        link = [compiler, "-shared", *map(str, objects.values()), *runtime, "-o", str(made)]
+        for command in (*compile_all, link):
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS)
         os.replace(made, library)  # whole or not at all, also when two processes compile at once
 
@@ -98,4 +99,5 @@ def load(library: Path) -> ctypes.CDLL:
     loaded.nmsparse_instructions.restype = ctypes.c_char_p
     loaded.nmsparse_linear24.argtypes = [*[_POINTER] * 4, _LONG, _INTEGER]
     loaded.nmsparse_unpack24.argtypes = [_POINTER, _POINTER, _INTEGER]
+    loaded.nmsparse_masked_weight.argtypes = [_POINTER]
     return loaded
