@@ -115,7 +115,8 @@ def _accepts_forward(call: Call24) -> bool:
 
 
 NATIVE = Kernel24("C++", _accepts_product, _linear, _prefers)
-NATIVE_UNPACKED = Kernel24("unpacked each call in C++", _accepts_forward, _linear_unpacked, lambda call: False)
+_UNPACKED = "unpacked each call in C++"
+NATIVE_UNPACKED = Kernel24(_UNPACKED, _accepts_forward, _linear_unpacked, prefers=lambda call: False, unpacks=True)
 NATIVE_UNPACKED_INPUT_GRADIENT = Kernel24(
-    "unpacked each call in C++", _accepts_gradient, _input_gradient_unpacked, lambda call: False
+    _UNPACKED, _accepts_gradient, _input_gradient_unpacked, prefers=lambda call: False, unpacks=True
 )

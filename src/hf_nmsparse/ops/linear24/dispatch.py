@@ -27,6 +27,7 @@ class Kernel24:
             measured.
         works (`Callable`): `Call24 -> bool`, whether it runs here and is right; may have to try it (`probe.works`), so it is
             asked of accepted calls only, and only where the kernel is about to be chosen.
+        unpacks (`bool`): whether it unpacks the weight for the dense product, and so cannot beat a dense weight at hand.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Kernel24:
     run: Callable[[torch.Tensor, Weight24, torch.Tensor | None], torch.Tensor]
     prefers: Callable[[Call24], bool] = lambda call: True
     works: Callable[[Call24], bool] = lambda call: True
+    unpacks: bool = False
 
 
 _kernels: list[Kernel24] = []
@@ -74,7 +76,7 @@ def choose_kernel(call: Call24, dense_at_hand: bool = False) -> Kernel24 | None:
     Returns:
         the kernel; `None`, only with `dense_at_hand`, where the dense product of torch is the better one.
     """
-    able = _accepting(call)
+    able = [kernel for kernel in _accepting(call) if not (dense_at_hand and kernel.unpacks)]
     times = measured_times(call)
     if not dense_at_hand or DENSE in times:
         for kernel in sorted(
@@ -84,8 +86,9 @@ def choose_kernel(call: Call24, dense_at_hand: bool = False) -> Kernel24 | None:
                 return None
             if kernel.works(call):
                 return kernel
-    kernel = next(kernel for kernel in able if (dense_at_hand and not kernel.prefers(call)) or kernel.works(call))
-    return None if dense_at_hand and not kernel.prefers(call) else kernel
+    if dense_at_hand:
+        able = [kernel for kernel in able if kernel.prefers(call)]
+    return next((kernel for kernel in able if kernel.works(call)), None)
 
 
 def choose_for(

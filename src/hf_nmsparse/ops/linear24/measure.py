@@ -101,7 +101,7 @@ def measure_kernels(call: Call24, rounds: int = 30) -> Measurement:
 def _worth_timing(call: Call24) -> list[Kernel24]:
     """All but the reference where another kernel unpacks: it takes tens of times longer and never wins."""
     kernels = kernels_for(call)
-    unpacking = [kernel for kernel in kernels if "unpacked" in kernel.name]
+    unpacking = [kernel for kernel in kernels if kernel.unpacks]
     return [kernel for kernel in kernels if kernel is not UNPACKED or len(unpacking) == 1]
 
 

@@ -20,7 +20,7 @@ def _input_gradient(grad: torch.Tensor, weight: Weight24, bias: None = None) -> 
 
 
 NAME = "unpacked each call"
-UNPACKED = Kernel24(NAME, lambda call: call.product == FORWARD, _forward, lambda call: False)
+UNPACKED = Kernel24(NAME, lambda call: call.product == FORWARD, _forward, prefers=lambda call: False, unpacks=True)
 UNPACKED_INPUT_GRADIENT = Kernel24(
-    NAME, lambda call: call.product == INPUT_GRADIENT, _input_gradient, lambda call: False
+    NAME, lambda call: call.product == INPUT_GRADIENT, _input_gradient, prefers=lambda call: False, unpacks=True
 )

@@ -3,7 +3,7 @@
 // (docs/FORMAT.md). W is never written out; see docs/KERNELS.md, "CPU".
 //
 // Compiled for the machine it runs on (-march=native), so the paths are chosen by the preprocessor:
-//   AMX         bf16 tiles, from 3 tokens on: amx.inc up to 32, amx_panels.inc beyond
+//   AMX         from 3 tokens on: amx.inc (16-bit) and amx_integer.inc (int8, int4) up to 32, amx_panels.inc beyond
 //   AVX-512     vpexpandw / vpexpandb spread 16 / 32 kept values over 32 / 64 columns in one instruction
 //   AVX2        a byte of ids picks a permutation of 4 kept values over 8 columns; arithmetic in float32
 //   otherwise   plain C++
@@ -23,7 +23,7 @@
 #endif
 #if defined(__AVX512VBMI2__) && defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__AVX512BW__)
 #define WITH_AVX512 1
-#if defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(__linux__)
+#if defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AMX_TILE__) && defined(__linux__)
 #define WITH_AMX 1
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -161,6 +161,7 @@ const float* inputs_as_float(const Problem& p, Scratch& scratch) {
 #include "avx512.inc"
 #include "unpack.inc"
 #include "amx.inc"
+#include "amx_integer.inc"
 #include "amx_panels.inc"
 
 // --- entry ----------------------------------------------------------------------------------------------------------
