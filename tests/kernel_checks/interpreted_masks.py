@@ -44,11 +44,6 @@ def _interpreted(monkeypatch):
     interpreter.open_gaps()
 
 
-@pytest.fixture(params=[True, False], ids=["nvidia", "other"])
-def vendor(request, monkeypatch):
-    monkeypatch.setattr(gpu_masks, "_is_nvidia", lambda: request.param)
-
-
 def computed(case: Case, wanted=(True, True)) -> tuple[torch.Tensor | None, ...]:
     """W * M, dW and dlogits by the kernels."""
     rest = (case.weight, case.logits, case.pattern, case.key, case.state)
@@ -56,20 +51,25 @@ def computed(case: Case, wanted=(True, True)) -> tuple[torch.Tensor | None, ...]
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("in_features", [61, 3])
-def test_agrees_with_float64(pattern, in_features, vendor):
-    case = Case.random(pattern, 3, in_features)
+def test_agrees_with_float64(pattern):
+    case = Case.random(pattern, 2, 61)
     assert max(errors(computed(case), case)) < 1e-6
 
 
-@pytest.mark.parametrize("in_features", [1216, 1199])
-def test_agrees_with_float64_where_a_row_takes_several_programs(in_features, vendor):
+@pytest.mark.parametrize("in_features", [1, 3, 1199, 1216])  # less than a group, and several programs a row
+def test_agrees_with_float64_where_rows_are_short_or_long(in_features):
     case = Case.random("2:4", 2, in_features)
     assert max(errors(computed(case), case)) < 1e-6
 
 
-@pytest.mark.parametrize("pattern", ["1:4", "2:4", "7:8"])
-def test_agrees_with_float64_where_masks_are_nearly_decided(pattern, vendor):
+def test_agrees_with_float64_without_instructions_of_nvidia(monkeypatch):
+    monkeypatch.setattr(gpu_masks, "_is_nvidia", lambda: False)
+    case = Case.random("2:4", 2, 61)
+    assert max(errors(computed(case), case)) < 1e-6
+
+
+@pytest.mark.parametrize("pattern", ["1:4", "2:4"])
+def test_agrees_with_float64_where_masks_are_nearly_decided(pattern):
     case = Case.random(pattern, 4, 509, scale=500.0, temperature=0.05)
     assert max(errors(computed(case), case)) < 5e-5
 
@@ -155,7 +155,8 @@ def test_noise_is_finite_and_right_at_both_ends(nvidia):
     found = torch.empty(2048)
     gumbel_of[(1,)](4 * bits, found, COUNT=2048, NVIDIA=nvidia)
     exact = -torch.log2(-torch.log2((bits.double() + 0.5) * 2.0**-21))
-    assert found.isfinite().all() and ((found - exact).abs() < 4e-6).all()
+    # The largest, 21.5, to the instruction's relative error and one rounding.
+    assert found.isfinite().all() and ((found - exact).abs() < 8e-6).all()
 
 
 @pytest.mark.parametrize("pattern", ["1:2", "2:4", "7:8"])
@@ -165,9 +166,9 @@ def test_the_kernels_pass_their_trial(pattern, dtype):
     assert probe.failure(lambda: gpu_masks._is_right(*given)) is None
 
 
-@pytest.mark.parametrize("mistake", ["KEEPERS", "ALLOWED"])
+@pytest.mark.parametrize("mistake", [{"KEEPERS": (1 << 24) - 1}, {"ALLOWED": 0b010101}])
 def test_a_wrong_kernel_is_noticed(mistake, monkeypatch):
     case = Case.random("2:4", 3, 62)
     right = gpu_masks.compile_time
-    monkeypatch.setattr(gpu_masks, "compile_time", lambda *given: right(*given) | {mistake: 0b010101})
+    monkeypatch.setattr(gpu_masks, "compile_time", lambda *given: right(*given) | mistake)
     assert max(errors(computed(case), case)) > 1e-3

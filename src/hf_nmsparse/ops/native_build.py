@@ -22,7 +22,9 @@ from .machine import cache_folder, processor_flags
 logger = logging.getLogger(__name__)
 
 SOURCE_FOLDER = Path(__file__).parent / "native"
+# Without the second line no loop with a condition on floating point numbers becomes vectors. Results are the same.
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-ffp-contract=fast", "-fopenmp")
+_FLAGS += ("-fno-trapping-math", "-fno-math-errno")
 _TIMEOUT_SECONDS = 300
 _POINTER, _INTEGER, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 

@@ -47,6 +47,7 @@ def to_planes(weights, M: tl.constexpr):
 @triton.jit
 def sum_where(values, BITS: tl.constexpr, COUNT: tl.constexpr):
     """Sum of the values whose bits are set, of which there is one at least among the lowest COUNT."""
+    total = values[0]
     for i in tl.static_range(COUNT):
         if (BITS >> i) & 1:
             if BITS & ((1 << i) - 1):
