@@ -133,8 +133,9 @@ def dense() -> Step:
 
 
 def masked(name: str) -> Step:
-    model = get_peft_model(base(), nms.NMSparseConfig(pattern="2:4", prior=None, **VARIANTS[name]))
+    model = get_peft_model(base(), nms.NMSparseConfig(pattern="2:4", prior="magnitude", **VARIANTS[name]))
     logits = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    nms.set_mask_step(model, 1, 100)
     return Step(model.train(), torch.optim.AdamW(logits, lr=1e-3, fused=True), "eager" in name, {})
 
 
