@@ -48,16 +48,23 @@ def expected(x: torch.Tensor, weight: Weight24, bias: torch.Tensor | None) -> to
     return y if bias is None else y + bias.double()
 
 
-@pytest.fixture
-def emulated(monkeypatch):
-    """The launching code of `nvidia` on tensors of the CPU; outputs begin as NaN."""
-    for file, kernels in EMULATED.items():
-        monkeypatch.setitem(sys.modules, f"{nvidia.__package__}.{file}", kernels)
+@contextlib.contextmanager
+def emulation(monkeypatch, host, kernels):
+    """The launching code of a module on tensors of the CPU, with these kernels by file; outputs begin as NaN."""
+    for file, kernel in kernels.items():
+        monkeypatch.setitem(sys.modules, f"{host.__package__}.{file}", kernel)
     monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
-    monkeypatch.setattr(nvidia, "multiprocessors", lambda device: 4)
+    monkeypatch.setattr(host, "multiprocessors", lambda device: 4)
     torch.use_deterministic_algorithms(True)  # fills what torch.empty returns
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    """The launching code of `nvidia` on tensors of the CPU; outputs begin as NaN."""
+    with emulation(monkeypatch, nvidia, EMULATED):
+        yield
 
 
 def error(y: torch.Tensor, reference: torch.Tensor) -> float:

@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The portable Triton kernel: interpreted on the CPU, compiled for GPUs that are not there, and run on one that is."""
 
-import os
 import re
-import subprocess
-import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from kernel_checks.interpreter_run import run_in_interpreter
 from test_gluon_kernels import error, expected, needs_gpu, random_weight
 
 from hf_nmsparse.ops.linear24 import INPUT_GRADIENT, Call24, Weight24, portable
@@ -21,17 +19,7 @@ CALL = Call24(torch.device("cuda"), torch.bfloat16, "dense", 64, 72, 1)
 
 
 def test_the_kernel_is_right_in_the_interpreter():
-    """In a process of its own: where Triton interprets, it cannot compile."""
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "--noconftest", "-p", "no:cacheprovider", "-q", "-x"]
-    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
-    ran = subprocess.run(
-        [*command, str(TESTS / "kernel_checks" / "interpreted_kernels.py")],
-        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-2000:]
+    run_in_interpreter("interpreted_kernels.py")
 
 
 # --- the choice -----------------------------------------------------------------------------------------------------

@@ -2,16 +2,14 @@
 """The Triton kernels for masks: interpreted on the CPU, compiled for GPUs that are not there, and run on one that is."""
 
 import logging
-import os
 import re
-import subprocess
-import sys
 import warnings
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from kernel_checks.interpreter_run import run_in_interpreter
 from kernel_checks.mask_cases import PATTERNS, Case, errors
 from test_gluon_kernels import needs_gpu
 
@@ -23,17 +21,7 @@ CUDA = torch.device("cuda", 0)
 
 
 def test_the_kernels_are_right_in_the_interpreter():
-    """In a process of its own: where Triton interprets, it cannot compile."""
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "--noconftest", "-p", "no:cacheprovider", "-q", "-x"]
-    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
-    ran = subprocess.run(
-        [*command, str(TESTS / "kernel_checks" / "interpreted_masks.py")],
-        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-2000:]
+    run_in_interpreter("interpreted_masks.py")
 
 
 # --- the choice -----------------------------------------------------------------------------------------------------

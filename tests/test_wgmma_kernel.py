@@ -13,6 +13,7 @@ import pytest
 import torch
 from kernel_checks.gluon_emulation import EmulatedKernel, sparse_mma
 from kernel_checks.wgmma_emulation import EmulatedWgmmaKernel, Hazard, swizzled_words
+from test_gluon_kernels import emulation
 
 from hf_nmsparse.codec import pack_24, unpack_24
 from hf_nmsparse.ops.linear24 import INPUT_GRADIENT, Call24, Weight24, hopper, nvidia, probe
@@ -47,13 +48,8 @@ def emulated(monkeypatch):
         "gluon_wgmma": SimpleNamespace(linear24_wgmma=EmulatedWgmmaKernel("linear24_wgmma", *SOURCES)),
         "gluon_decode": SimpleNamespace(sum_of_parts=EmulatedKernel("sum_of_parts", SOURCES[0])),
     }
-    for file, kernel in kernels.items():
-        monkeypatch.setitem(sys.modules, f"{hopper.__package__}.{file}", kernel)
-    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
-    monkeypatch.setattr(hopper, "multiprocessors", lambda device: 4)
-    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns
-    yield
-    torch.use_deterministic_algorithms(False)
+    with emulation(monkeypatch, hopper, kernels):
+        yield
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

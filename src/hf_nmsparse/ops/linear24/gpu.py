@@ -7,7 +7,7 @@ import logging
 from dataclasses import fields
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -79,6 +79,49 @@ def outputs(x: torch.Tensor, rows: int, k_parts: int) -> tuple[torch.Tensor, tor
     """y `[tokens, rows]`, and what the kernel writes: y itself, or float32 `[k_parts, tokens, rows]`."""
     y = x.new_empty(x.shape[0], rows)
     return y, y if k_parts == 1 else x.new_empty(k_parts, x.shape[0], rows, dtype=torch.float32)
+
+
+def multiply(
+    kernel: Any,
+    operands: tuple[torch.Tensor, ...],
+    weight: Weight24,
+    bias: torch.Tensor | None,
+    shape: Any,
+    steps: int,
+    x: torch.Tensor,
+    **constants: object,
+) -> tuple[torch.Tensor, Any]:
+    """y = x W^T + b by a Gluon kernel, for rows of x `[tokens, in]`.
+
+    Args:
+        kernel: one of `gluon_decode`, `gluon_gemm`, `gluon_wgmma`.
+        operands: the tensors that it takes before its output.
+        shape (`Division`): how it divides its work, with `programs`, `warps` and `k_parts`.
+        steps (`int`): iterations of its loop over K.
+        constants: what else it takes.
+
+    Returns:
+        y, and the compiled kernel.
+    """
+    tokens, rows = x.shape[0], weight.out_features
+    y, parts = outputs(x, rows, shape.k_parts)
+    with torch.cuda.device(x.device):
+        compiled = kernel[(shape.programs(rows, tokens), shape.k_parts)](
+            *operands,
+            parts,
+            tokens,
+            rows,
+            steps,
+            K=weight.in_features,
+            FP16=x.dtype == torch.float16,
+            HAS_BIAS=bias is not None,
+            **constants,
+            **shape.constants(),
+            num_warps=shape.warps,
+        )
+        if shape.k_parts > 1:
+            add_parts(parts, bias, y)
+    return y, compiled
 
 
 def add_parts(parts: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor) -> None:

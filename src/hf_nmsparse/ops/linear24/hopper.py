@@ -14,7 +14,7 @@ import torch
 
 from .call import Call24
 from .dispatch import Kernel24
-from .gpu import Division, add_parts, aligned, bias_or, ceil_div, multiprocessors, outputs
+from .gpu import Division, aligned, bias_or, ceil_div, multiply, multiprocessors
 from .nvidia import GEMM
 from .probe import works
 from .weight import Weight24
@@ -101,31 +101,15 @@ def wgmma(x: torch.Tensor, weight: Weight24, bias: torch.Tensor | None, shape: W
     """
     from .gluon_wgmma import linear24_wgmma
 
-    tokens, rows = x.shape[0], weight.out_features
-    y, parts = outputs(x, rows, shape.k_parts)
+    steps = shape.steps(weight.in_features)
     operands = wgmma_operands(x, weight, bias)
-    with torch.cuda.device(x.device):
-        compiled = linear24_wgmma[(shape.programs(rows, tokens), shape.k_parts)](
-            *operands,
-            parts,
-            tokens,
-            rows,
-            shape.steps(weight.in_features),
-            K=weight.in_features,
-            FP16=x.dtype == torch.float16,
-            HAS_BIAS=bias is not None,
-            **shape.constants(),
-            num_warps=shape.warps,
-            maxnreg=REGISTERS,
+    y, compiled = multiply(linear24_wgmma, operands, weight, bias, shape, steps, x, maxnreg=REGISTERS)
+    if compiled.metadata.shared != shape.shared_bytes:
+        raise RuntimeError(
+            f"linear_24: {_NAME}: this Triton gives the kernel {compiled.metadata.shared} bytes of shared memory instead "
+            f"of {shape.shared_bytes}, so its tiles may lie elsewhere than it reads them; use the release of Triton that "
+            "comes with PyTorch, or remove the measured table that chose this kernel"
         )
-        if compiled.metadata.shared != shape.shared_bytes:
-            raise RuntimeError(
-                f"linear_24: {_NAME}: this Triton gives the kernel {compiled.metadata.shared} bytes of shared memory instead "
-                f"of {shape.shared_bytes}, so its tiles may lie elsewhere than it reads them; use the release of Triton that "
-                "comes with PyTorch, or remove the measured table that chose this kernel"
-            )
-        if shape.k_parts > 1:
-            add_parts(parts, bias, y)
     return y
 
 

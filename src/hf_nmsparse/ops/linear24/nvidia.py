@@ -10,7 +10,7 @@ import torch
 
 from .call import FORWARD, Call24
 from .dispatch import Kernel24
-from .gpu import Division, add_parts, aligned, bias_or, ceil_div, has_gluon, multiprocessors, outputs, scaled
+from .gpu import Division, aligned, bias_or, ceil_div, has_gluon, multiply, multiprocessors, scaled
 from .probe import works
 from .weight import Weight24
 
@@ -161,25 +161,9 @@ def decode(x: torch.Tensor, weight: Weight24, bias: torch.Tensor | None, shape: 
     """y = x W^T + b for up to `MOST_DECODE_TOKENS` rows of x `[tokens, in]`, work divided as told."""
     from .gluon_decode import linear24_decode
 
-    tokens, rows = x.shape[0], weight.out_features
-    y, parts = outputs(x, rows, shape.k_parts)
+    steps = shape.steps(weight.in_features, weight.kind)
     operands = decode_operands(x, weight, bias)
-    with torch.cuda.device(x.device):
-        linear24_decode[(shape.programs(rows, tokens), shape.k_parts)](
-            *operands,
-            parts,
-            tokens,
-            rows,
-            shape.steps(weight.in_features, weight.kind),
-            K=weight.in_features,
-            KIND=weight.kind,
-            FP16=x.dtype == torch.float16,
-            HAS_BIAS=bias is not None,
-            **shape.constants(),
-            num_warps=shape.warps,
-        )
-        if shape.k_parts > 1:
-            add_parts(parts, bias, y)
+    y, _ = multiply(linear24_decode, operands, weight, bias, shape, steps, x, KIND=weight.kind)
     return y
 
 
@@ -187,25 +171,9 @@ def gemm(x: torch.Tensor, weight: Weight24, bias: torch.Tensor | None, shape: Ge
     """y = x W^T + b for any number of rows of x `[tokens, in]`, 16-bit values, work divided as told."""
     from .gluon_gemm import linear24_gemm
 
-    tokens, rows = x.shape[0], weight.out_features
-    y, parts = outputs(x, rows, shape.k_parts)
+    steps = shape.steps(weight.in_features)
     operands = gemm_operands(x, weight, bias)
-    with torch.cuda.device(x.device):
-        linear24_gemm[(shape.programs(rows, tokens), shape.k_parts)](
-            *operands,
-            parts,
-            tokens,
-            rows,
-            shape.steps(weight.in_features),
-            K=weight.in_features,
-            FP16=x.dtype == torch.float16,
-            HAS_BIAS=bias is not None,
-            **shape.constants(),
-            num_warps=shape.warps,
-            maxnreg=GEMM_REGISTERS,
-        )
-        if shape.k_parts > 1:
-            add_parts(parts, bias, y)
+    y, _ = multiply(linear24_gemm, operands, weight, bias, shape, steps, x, maxnreg=GEMM_REGISTERS)
     return y
 
 
