@@ -180,6 +180,13 @@ def test_what_the_kernel_does_not_take_goes_through_torch(native):
     assert not native
 
 
+@pytest.mark.parametrize("shape", [(4, 6, 3), (4, 4, 4), (3, 6, 4), (4, 12), (16,), (4, 6, 4, 1)])
+def test_logits_of_another_shape_are_refused_before_anything_is_read(shape, native):
+    with pytest.raises(RuntimeError, match=r"do not fit a weight of shape \[4, 16\] and 2:4; expected \[4, 6, 4\]"):
+        ops.masked_weight(torch.ones(4, 16), torch.zeros(shape), NMPattern("2:4"), KEY, state_of(GENTLE))
+    assert not native
+
+
 def test_without_a_compiler_torch_computes_the_same(monkeypatch):
     pattern = NMPattern("2:4")
     given = (*tensors("candidates", pattern, 5, 40), pattern, state_of(GENTLE))

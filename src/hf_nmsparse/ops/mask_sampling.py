@@ -107,7 +107,18 @@ def _row_slices(logits: torch.Tensor, pattern: NMPattern, in_features: int) -> l
 
 
 def _fused(weight: torch.Tensor, logits: torch.Tensor, pattern: NMPattern) -> ModuleType | None:
-    """The module whose kernels do all of it at once, if there is one for these; they draw the same noise."""
+    """The module whose kernels do all of it at once, if there is one for these; they draw the same noise.
+
+    Raises:
+        RuntimeError: if the logits do not fit the weight: kernels would read beyond their end.
+    """
+    rows, in_features = weight.shape
+    fits = {2: (rows, in_features), 3: (rows, pattern.num_candidates, pattern.num_groups(in_features))}
+    if tuple(logits.shape) != fits.get(logits.dim()):
+        raise RuntimeError(
+            f"masked_weight: logits of shape {list(logits.shape)} do not fit a weight of shape {list(weight.shape)} and "
+            f"{pattern}; expected {list(fits[3])} (a logit a candidate) or {list(fits[2])} (a logit a weight)"
+        )
     return next((module for module in (native_masks, gpu_masks) if module.takes(weight, logits, pattern)), None)
 
 
