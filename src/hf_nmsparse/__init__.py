@@ -38,6 +38,7 @@ _LAZY = {
     "save_mask": "hub",
     "verify": "hub",
     "Distillation": "training",
+    "MaskAdamW": "training",
     "MaskMetricsCallback": "training",
     "MaskScheduleCallback": "training",
     "NMSparseTrainer": "training",

@@ -91,12 +91,16 @@ def complete_mask(mask: torch.Tensor, pattern: NMPattern) -> tuple[torch.Tensor,
 
 # --- masks and codes ------------------------------------------------------------------------------------------------
 @lru_cache(maxsize=16)
-def _code_of_bits(n: int, m: int) -> torch.Tensor:
+def code_of_word(pattern: NMPattern) -> torch.Tensor:
     """Code of each m-bit word (position p is bit p), -1 where the word does not keep n; int64 `[2^m]`."""
-    pattern = NMPattern(n, m)
-    words = (pattern.candidates(dtype=torch.int64) << torch.arange(m, device="cpu")).sum(1)
-    codes = torch.arange(pattern.num_candidates, device="cpu")
-    return torch.full((2**m,), -1, dtype=torch.int64, device="cpu").scatter_(0, words, codes)
+    return torch.full((2**pattern.m,), -1, device="cpu").scatter_(
+        0, word_of_code(pattern), torch.arange(pattern.num_candidates, device="cpu")
+    )
+
+
+def word_of_code(pattern: NMPattern) -> torch.Tensor:
+    """The inverse of `code_of_word`: the m-bit word of each candidate, int64 `[C]`."""
+    return (pattern.candidates("cpu", torch.int64) << torch.arange(pattern.m, device="cpu")).sum(1)
 
 
 def mask_to_codes(mask: torch.Tensor, pattern: NMPattern) -> torch.Tensor:
@@ -117,7 +121,7 @@ def mask_to_codes(mask: torch.Tensor, pattern: NMPattern) -> torch.Tensor:
     if 0 < tail < pattern.n:  # all of the tail is kept: code 0 stands for it, see NMPattern.tail_candidates
         grouped[:, -1, tail : pattern.n] = True
     words = (grouped.to(torch.int64) << torch.arange(pattern.m, device=mask.device)).sum(-1)
-    codes = _code_of_bits(pattern.n, pattern.m).to(mask.device)[words]
+    codes = code_of_word(pattern).to(mask.device)[words]
     if bool((codes < 0).any()):
         row, group = (codes < 0).nonzero()[0].tolist()
         kept = int(_grouped(mask != 0, pattern)[row, group].sum())
@@ -249,8 +253,10 @@ def pack_24(weight: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, tor
     """Values of `weight` (`[out, in]`) where `mask` keeps them, `[out, in/2]`, and their ids, uint8 `[out, in/8]`.
 
     Raises:
-        PatternError: as `ids_of_24`.
+        PatternError: as `ids_of_24`, or if the mask has another shape.
     """
+    if mask.shape != weight.shape:
+        raise PatternError(f"a mask of shape {list(mask.shape)} for a weight of shape {list(weight.shape)}")
     ids = ids_of_24(mask)
     return weight.gather(1, columns_of_24(ids)).contiguous(), ids
 

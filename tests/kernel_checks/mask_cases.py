@@ -7,10 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-from hf_nmsparse import NMPattern, ops
+from hf_nmsparse import ops
 from hf_nmsparse.ops import NoiseKey, SamplingState
+from hf_nmsparse.pattern import NMPattern
 
-PATTERNS = ["1:2", "1:4", "2:4", "3:4", "1:8", "2:8", "6:8", "7:8"]
+CANDIDATES = ["1:2", "1:4", "2:4", "3:4", "1:8", "2:8", "6:8", "7:8"]
+WEIGHTS = ["1:2", "1:4", "2:4", "3:4", "2:8", "4:8", "6:8", "7:8", "8:16"]
+KINDS = [(pattern, False) for pattern in CANDIDATES] + [(pattern, True) for pattern in WEIGHTS]  # a logit a weight?
 REGULARIZATION = 0.03
 
 
@@ -31,6 +34,7 @@ class Case:
         pattern: str,
         rows: int,
         in_features: int,
+        per_weight: bool = False,
         scale: float = 100.0,
         temperature: float = 4.0,
         dtype: torch.dtype = torch.float32,
@@ -42,7 +46,8 @@ class Case:
     ) -> Case:
         nm = NMPattern(pattern)
         weight, grad = (torch.randn(rows, in_features).to(device, dtype) for _ in range(2))
-        logits = torch.randn(rows, nm.num_candidates, nm.num_groups(in_features)).mul(0.02).to(device, logit_dtype)
+        shape = (rows, in_features) if per_weight else (rows, nm.num_candidates, nm.num_groups(in_features))
+        logits = torch.randn(shape).mul(0.02).to(device, logit_dtype)
         state = SamplingState.of(temperature, scale, REGULARIZATION, step, draw, device)
         return cls(weight, logits, grad, nm, key, state)
 
@@ -56,6 +61,6 @@ class Case:
 
 
 def errors(found: tuple[torch.Tensor, ...], case: Case) -> list[float]:
-    """Of the norm, one for each of `Case.exact`."""
+    """Of the norm, one for each of `Case.exact`; where that is 0, as for a group that must be kept, the norm itself."""
     pairs = zip(found, case.exact(), strict=True)
-    return [float((x.cpu().double() - y).norm() / y.norm()) for x, y in pairs]
+    return [float((x.cpu().double() - y).norm() / (y.norm() or 1)) for x, y in pairs]

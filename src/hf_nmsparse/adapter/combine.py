@@ -101,7 +101,7 @@ def _sum_of_logits(layer: NMSparseLayer, adapters: Sequence[str], weights: Seque
 def _votes(layer: NMSparseLayer, adapters: Sequence[str], weights: Sequence[float]) -> dict[str, torch.Tensor]:
     pattern = layer.relaxations[adapters[0]].pattern
     votes = sum(weight * layer.hard_mask(name).float() for weight, name in zip(weights, adapters, strict=True))
-    codes = ops.mask_to_codes(ops.top_n_mask(votes, pattern), pattern)
+    codes = ops.top_n_codes(votes, pattern)
     packed = ops.pack_codes(codes, pattern, layer.in_features)
     return {
         "nmsparse_packed": packed,

@@ -34,6 +34,8 @@ class NMSparseConfig(PeftConfig):
         magnitude_regularization (`float`): lambda of the term that rewards keeping large weights; decays to 0.
         resample (`str`): `"micro"`, a fresh mask each micro-step, or `"step"`, one mask per optimizer step.
         seed (`int`): seed of the mask noise.
+        logits_dtype (`str`): `"float32"`, or `"bfloat16"`, which halves logits and their gradients and needs an optimizer
+            that rounds stochastically, as `nms.MaskAdamW` does; stored in the checkpoint as they are.
         slorb_block (`int`, *optional*): k: adds SLoRB beside the mask, one value per row and block of k inputs (AST,
             arXiv 2407.20584). Merging it gives a dense weight; `nms.compress` keeps it beside the packed one.
         slorb_init (`str`): `"mean"` or `"sum"` of the pruned weights of each block, renewed with each prior; or
@@ -69,6 +71,7 @@ class NMSparseConfig(PeftConfig):
     magnitude_regularization: float = field(default=1e-5, metadata={"help": "reward for keeping large weights"})
     resample: Literal["micro", "step"] = field(default="micro", metadata={"help": "how often masks are drawn"})
     seed: int = field(default=0, metadata={"help": "seed of the mask noise"})
+    logits_dtype: Literal["float32", "bfloat16"] = field(default="float32", metadata={"help": "dtype of the logits"})
     slorb_block: int | None = field(default=None, metadata={"help": "inputs per block of the SLoRB side branch"})
     slorb_init: Literal["mean", "sum", "closed_form"] = field(default="mean", metadata={"help": "how SLoRB starts"})
     slorb_train_projection: bool = field(default=False, metadata={"help": "train SLoRB's projection"})
@@ -118,6 +121,7 @@ class NMSparseConfig(PeftConfig):
         choices = {
             "mask_format": ("logits", "packed"),
             "resample": ("micro", "step"),
+            "logits_dtype": ("float32", "bfloat16"),
             "slorb_init": ("mean", "sum", "closed_form"),
         }
         for name, allowed in choices.items():

@@ -7,9 +7,11 @@ import warnings
 
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import nn
 
 from .. import ops
 from ..errors import ScheduleError
+from ..ops.shared_sample import SharedSample
 from ..relaxations import Moment, sampling_state
 from .state import MaskState
 from .terms import side_branch, with_delta
@@ -42,6 +44,10 @@ class NMSparseLayer(MaskState):
 
     def set_moment(self, adapter_name: str, moment: Moment | None) -> None:
         """Tell an adapter where training stands; `None` forgets it."""
+        if moment != self.moments.get(adapter_name):
+            self.samples.pop(adapter_name, None)
+            if moment is not None and self._may_share_samples(adapter_name):
+                self.samples[adapter_name] = SharedSample()
         if moment is None:
             self.moments.pop(adapter_name, None)
             self.states.pop(adapter_name, None)
@@ -72,7 +78,37 @@ class NMSparseLayer(MaskState):
             return False
         return self.nmsparse_logits[adapter_name].weight.requires_grad
 
-    def _masked(self, weight: torch.Tensor, adapter_name: str, parameters: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _may_share_samples(self, adapter_name: str) -> bool:
+        """Whether one sample serves all passes of a step; asked between steps."""
+        if self.configs[adapter_name].resample != "step" or self.quantization_backend is not None:
+            return False
+        # Base weights that are sharded, offloaded or quantised save memory, which samples kept at full size would undo.
+        stored = self.base_weight.stored
+        whole = type(stored) is nn.Parameter and stored.numel() == self.out_features * self.in_features
+        return whole and not stored.is_meta
+
+    def _shared_sample(self, adapter_name: str, parameters: dict[str, torch.Tensor]) -> SharedSample | None:
+        """Where to take the sample of the base weight from, or to leave it."""
+        if torch.compiler.is_compiling() or adapter_name not in self.samples:
+            return None
+        sample, config = self.samples[adapter_name], self.configs[adapter_name]
+        moment = self.moments[adapter_name], config.temperature, config.logit_scale
+        tensors = [self.base_weight.stored, *parameters.values()]
+        return sample if sample.serves(tensors, moment) else None
+
+    def forget_samples(self) -> None:
+        """Free the sampled weights that are kept for further passes of this optimizer step (`resample="step"`)."""
+        for sample in self.samples.values():
+            sample.forget()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        if not enabled:
+            self.forget_samples()
+        super().enable_adapters(enabled)
+
+    def _masked(
+        self, weight: torch.Tensor, adapter_name: str, parameters: dict[str, torch.Tensor], is_base: bool
+    ) -> torch.Tensor:
         self.verify(adapter_name)
         if adapter_name in self.nmsparse_packed:
             pattern = self.relaxations[adapter_name].pattern
@@ -80,7 +116,9 @@ class NMSparseLayer(MaskState):
             return torch.where(mask, weight, weight.new_zeros(()))
         sampling = self.is_sampling(adapter_name)
         state = self._state(adapter_name, sampling)
-        return self.relaxations[adapter_name].effective_weight(weight, parameters, state, hard=not sampling)
+        shared = self._shared_sample(adapter_name, parameters) if sampling and is_base else None
+        relaxation = self.relaxations[adapter_name]
+        return relaxation.effective_weight(weight, parameters, state, hard=not sampling, shared=shared)
 
     def effective_weight(self, adapter_names: list[str], weight: torch.Tensor | None = None) -> torch.Tensor:
         """The base weight under deltas and masks, `[out, in]`: soft while masks train, else exactly n:m.
@@ -89,19 +127,21 @@ class NMSparseLayer(MaskState):
             adapter_names (`list[str]`): which adapters.
             weight (`torch.Tensor`, *optional*): taken instead of the base weight.
         """
-        weight = self.base_weight.read() if weight is None else weight
+        base = self.base_weight.read() if weight is None else None
+        weight = base if weight is None else weight
         parameters = {name: self._parameters_of(name) for name in adapter_names}
         for name in adapter_names:  # all deltas before the first mask, so that none writes on pruned positions
             weight = with_delta(weight, parameters[name])
         for name in adapter_names:
-            weight = self._masked(weight, name, parameters[name])
+            weight = self._masked(weight, name, parameters[name], is_base=weight is base)
         return weight
 
     def side_branch(self, adapter_names: list[str]) -> ops.SideBranch | None:
         """What the adapters add beside the masked weight, if anything."""
         branch = None
         for name in adapter_names:
-            if (own := side_branch(self._parameters_of(name), self.configs[name])) is not None:
+            if self.configs[name].has_side_branch:
+                own = side_branch(self._parameters_of(name), self.configs[name])
                 branch = own if branch is None else branch + own
         return branch
 
@@ -141,6 +181,7 @@ class NMSparseLayer(MaskState):
         merged = self.merged_weight(adapter_names, with_side_branch)
         if safe_merge and not bool(merged.isfinite().all()):
             raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter_names[0]} seems to be broken")
+        self.forget_samples()
         self._write(merged)
         self.merged_adapters.extend(adapter_names)
 

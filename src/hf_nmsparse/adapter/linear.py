@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,20 @@ from .layer import NMSparseLayer
 BASE = "__base__"  # PEFT's name, in mixed batches, for no adapter at all
 
 
-class NMSparseLinear(nn.Module, NMSparseLayer):
+class _MaskModule(nn.Module):
+    """What a mask layer does as a module: its samples outlive neither training mode nor a move of its tensors."""
+
+    def train(self, mode: bool = True) -> _MaskModule:
+        if not mode:
+            self.forget_samples()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> _MaskModule:
+        self.forget_samples()
+        return super()._apply(fn, recurse)
+
+
+class NMSparseLinear(_MaskModule, NMSparseLayer):
     """A linear layer under masks. ("Linear" in the name: PEFT's `all-linear` finds tuner layers by class name.)"""
 
     def __init__(self, base: BaseWeight, module_name: str, adapter_name: str, config: NMSparseConfig) -> None:
@@ -86,7 +99,7 @@ class NMSparseLinear(nn.Module, NMSparseLayer):
         return "nmsparse." + super().__repr__()
 
 
-class ParamWrapper(nn.Module, NMSparseLayer):
+class ParamWrapper(_MaskModule, NMSparseLayer):
     """A parameter under masks that is not the weight of a linear layer: the fused weights of experts.
 
     One wrapper serves one parameter; wrappers of a module nest. (PEFT finds them by this class name.)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
+from peft.functional import cast_adapter_dtype
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import get_quantization_kwargs
 from torch import nn
@@ -74,6 +75,13 @@ class NMSparseModel(BaseTuner):
             for name, parameter in module._parameters.items():
                 if parameter is not None:
                     self._owners.setdefault(id(parameter), []).append(f"{path}.{name}".replace(".base_layer", ""))
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """As in PEFT, which makes everything in low precision float32; but logits keep the dtype of their config."""
+        for layer in mask_layers(self.model, adapter_name).values():
+            cast_adapter_dtype(layer, adapter_name, autocast_adapter_dtype)
+            if adapter_name in layer.nmsparse_logits:  # layer by layer: never all of them in float32
+                layer.nmsparse_logits[adapter_name].to(getattr(torch, layer.configs[adapter_name].logits_dtype))
 
     # --- merging ----------------------------------------------------------------------------------------------------
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:

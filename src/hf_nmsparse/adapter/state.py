@@ -15,6 +15,7 @@ from .._compat import BufferDict
 from ..errors import BaseModelMismatchError, ConfigError, FormatError
 from ..fingerprint import FINGERPRINT_BYTES, digest, fingerprint, rounding_hint, to_hex
 from ..ops import NoiseKey
+from ..ops.shared_sample import SharedSample
 from ..pattern import NMPattern
 from ..relaxations import Moment, Relaxation, get_relaxation
 from .base_weight import BaseWeight
@@ -49,6 +50,7 @@ class MaskState(BaseTunerLayer):
         "relaxations",
         "moments",
         "states",
+        "samples",
         "verified",
         "mismatch_allowed",
     )
@@ -66,6 +68,7 @@ class MaskState(BaseTunerLayer):
         self.relaxations: dict[str, Relaxation] = {}
         self.moments: dict[str, Moment] = {}
         self.states: dict[str, ops.SamplingState] = {}
+        self.samples: dict[str, SharedSample] = {}
         self.mismatch_allowed: dict[str, bool] = {}
         self.verified: dict[str, list[tuple[torch.Tensor, int]]] = {}
         self._disable_adapters = False
@@ -122,8 +125,7 @@ class MaskState(BaseTunerLayer):
         self.relaxations[adapter_name] = relaxation
         self.verified.pop(adapter_name, None)
         if self._wants_magnitude_prior(adapter_name, weight):
-            mask = ops.top_n_mask(weight.detach().abs().float(), pattern)
-            self.set_prior_codes(adapter_name, ops.mask_to_codes(mask, pattern))
+            self.set_prior_codes(adapter_name, ops.top_n_codes(weight.detach().abs().float(), pattern))
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 

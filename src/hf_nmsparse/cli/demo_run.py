@@ -33,6 +33,7 @@ from ..evaluation import perplexity
 from ..fingerprint import digest, to_hex
 from ..hub import compress, load_mask, save_mask
 from ..hub.card import write_card
+from ..ops.machine import keep_freed_memory
 from ..packed import packed_sizes
 from ..report import write_report
 from ..results import RunResults, environment
@@ -327,6 +328,8 @@ def _affordable_steps(demo: Demo) -> int:
     """Steps that fit into the time for learning, measured on one step without an update."""
     settings, model = demo.settings, demo.model
     model.train()
+    if demo.device == "cpu":
+        keep_freed_memory()
     batch = demo.training[:BATCH].to(demo.device)
     seconds = []
     for _ in range(2):  # the first one also warms up

@@ -93,7 +93,7 @@ def show_plan(answer: Answer, model: str, planned: Plan) -> None:
             "bytes",
             {
                 "model as it is": size(planned.model_bytes),
-                "logits, float32": size(planned.logits_bytes),
+                f"logits, {planned.logits_dtype}": size(planned.logits_bytes),
                 **({"terms, float32": size(planned.term_bytes)} if planned.term_bytes else {}),
                 "gradients": size(planned.gradient_bytes),
                 "AdamW state": size(planned.optimizer_bytes),

@@ -331,8 +331,11 @@ def _resume_command() -> str:
 # --- the run --------------------------------------------------------------------------------------------------------
 def _train(trainer: NMSparseTrainer, checkpoint: Path | None) -> bool:
     """Train to the end; `False` if Ctrl-C stopped it, after a checkpoint was saved."""
+    from ..ops.machine import keep_freed_memory
     from .interrupt import StopAtStep
 
+    if trainer.args.device.type == "cpu":
+        keep_freed_memory()
     with StopAtStep() as stop:
         trainer.add_callback(stop)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -6,21 +6,13 @@ from ..codec import (
     SCALE_COLUMNS,
     GroupCounts,
     check_ids_24,
-    codes_to_mask,
     columns_of_24,
-    complete_mask,
-    count_groups,
     dequantize_values,
-    mask_to_codes,
-    pack_24,
     pack_bits,
-    pack_codes,
     pack_nibbles,
     quantize_values,
     round_in_groups,
-    unpack_24,
     unpack_bits,
-    unpack_codes,
     unpack_nibbles,
 )
 from .eager import autocast, is_plain_eager
@@ -43,8 +35,21 @@ from .linear24 import (
     unpack_weight,
 )
 from .mask_sampling import hard_codes, mask_certainty, masked_weight, soft_mask
+from .packing import (
+    codes_to_mask,
+    complete_mask,
+    count_groups,
+    mask_to_codes,
+    pack_24,
+    pack_codes,
+    prune_24,
+    top_n_codes,
+    top_n_mask,
+    unpack_24,
+    unpack_codes,
+)
 from .philox import NoiseKey
-from .reference import top_n_mask
+from .reference import Pruned24
 from .sampler import SamplingState
 from .side_branch import SideBranch, add_low_rank, pool_blocks
 
@@ -60,6 +65,7 @@ __all__ = [
     "Kernel24",
     "Memo24",
     "NoiseKey",
+    "Pruned24",
     "SamplingState",
     "SideBranch",
     "Weight24",
@@ -87,10 +93,12 @@ __all__ = [
     "pack_codes",
     "pack_nibbles",
     "pool_blocks",
+    "prune_24",
     "quantize_values",
     "register_kernel",
     "round_in_groups",
     "soft_mask",
+    "top_n_codes",
     "top_n_mask",
     "unpack_24",
     "unpack_bits",

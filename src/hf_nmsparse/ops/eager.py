@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch.autograd import forward_ad
 
@@ -32,6 +34,11 @@ def is_autocast(x: torch.Tensor) -> bool:
     if not torch._C._is_any_autocast_enabled():  # nearly always; the rest costs several times as much
         return False
     return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+
+
+def without_autocast(tensor: torch.Tensor) -> AbstractContextManager:
+    """Switches autocast off for the device of `tensor`, where it is on."""
+    return torch.autocast(tensor.device.type, enabled=False) if is_autocast(tensor) else nullcontext()
 
 
 def autocast(tensor: torch.Tensor) -> torch.Tensor:

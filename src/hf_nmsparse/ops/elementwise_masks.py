@@ -30,9 +30,8 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from ..codec import mask_to_codes
 from ..pattern import NMPattern
-from .reference import top_n_mask
+from .packing import top_n_codes, top_n_mask
 from .sampler import Sampler
 
 # Score of the first position beyond the end of a row; the next ones get its multiples, so that the tail keeps its min(n, r)
@@ -50,7 +49,7 @@ class ElementwiseSampler(Sampler[list[torch.Tensor]]):
 
     @staticmethod
     def hard_codes(logits: torch.Tensor, pattern: NMPattern, in_features: int) -> torch.Tensor:
-        return mask_to_codes(top_n_mask(logits, pattern), pattern)
+        return top_n_codes(logits, pattern)
 
     @staticmethod
     def hard_mask(logits: torch.Tensor, pattern: NMPattern, in_features: int) -> torch.Tensor:

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The masked weight on a GPU: `triton_masks.py`, which reads and writes each number once, for logits of candidates."""
+"""The masked weight on a GPU: `triton_masks.py`, which reads and writes each number once."""
 
 from __future__ import annotations
 
-import logging
 from functools import lru_cache
 from typing import Any
 
@@ -12,19 +11,21 @@ import torch
 from ..pattern import NMPattern
 from .candidate_masks import CandidateSampler
 from .eager import is_plain_eager
+from .elementwise_masks import ElementwiseSampler
 from .linear24.gpu import ceil_div, has_triton
-from .linear24.probe import ADVICE, failure
 from .philox import NoiseKey
 from .sampler import SamplingState
-
-logger = logging.getLogger(__name__)
+from .trial import Trials
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LOGIT_TYPES = (torch.float32, torch.bfloat16)
-_POSITIONS, _MOST_CANDIDATES = (2, 4, 8), 28  # which the kernels can put in order, and hold in registers
+_POSITIONS = (2, 4, 8, 16)  # m that the kernels can put in order
+_MOST_CANDIDATES = 28  # that they can hold in registers
+_MOST_SUMS = 8  # candidates beyond which, for logits of weights, the walk takes fewer instructions
 WARPS = 4  # a program
-_BYTES = 16  # of weights a thread, the widest load
-_known: dict[tuple[torch.device, torch.dtype, torch.dtype, NMPattern], bool] = {}
+_BYTES = 16  # a thread, the widest load
+_TILES = 4  # that a program works on one after the other; what all groups need is computed before the first
+_trials = Trials("the fused mask kernels", "take one step before the capture")
 
 
 def takes(weight: torch.Tensor, logits: torch.Tensor, pattern: NMPattern) -> bool:
@@ -34,14 +35,20 @@ def takes(weight: torch.Tensor, logits: torch.Tensor, pattern: NMPattern) -> boo
         and logits.device == weight.device
         and weight.dtype in _TYPES
         and logits.dtype in _LOGIT_TYPES
-        and logits.dim() == 3
         and pattern.m in _POSITIONS
-        and pattern.num_candidates <= _MOST_CANDIDATES
+        and (logits.dim() == 2 or pattern.num_candidates <= _MOST_CANDIDATES)
         and weight.numel() > 0
         and is_plain_eager(weight, logits)
         and has_triton()
-        and _works(weight.device, weight.dtype, logits.dtype, pattern)
+        and _works(weight.device, weight.dtype, logits.dtype, pattern, method(logits, pattern))
     )
+
+
+def method(logits: torch.Tensor, pattern: NMPattern) -> str:
+    """How masks follow from these logits, METHOD of `triton_masks.py`."""
+    if logits.dim() == 3:
+        return "candidates"
+    return "sums" if pattern.num_candidates <= _MOST_SUMS else "walk"
 
 
 def masked_weight(
@@ -56,6 +63,7 @@ def masked_weight(
         triton_masks.masked_weight,
         (weight.contiguous(), logits.contiguous(), result),
         (now.temperature, now.logit_scale, now.step, now.draw),
+        logits,
         pattern,
         key,
     )
@@ -86,9 +94,9 @@ def gradients(
             logits if grad_logits is None else grad_logits,
         ),
         state.to(weight.device).tensors(),
+        logits,
         pattern,
         key,
-        KEPT=_bits(pattern, by_position=False),
         FOR_WEIGHT=for_weight,
         FOR_LOGITS=for_logits,
     )
@@ -99,16 +107,17 @@ def _launch(
     kernel: Any,
     tensors: tuple[torch.Tensor, ...],
     scalars: tuple[torch.Tensor, ...],
+    logits: torch.Tensor,
     pattern: NMPattern,
     key: NoiseKey,
-    **constants: int,
+    **constants: bool,
 ) -> None:
     """Run a kernel on tensors of which the first is shaped as the weight."""
     first = tensors[0]
     rows, in_features = first.shape
     groups = pattern.num_groups(in_features)
-    common = compile_time(pattern, pattern.tail(in_features), first.dtype)
-    blocks = ceil_div(groups, common["GROUPS"])
+    common = compile_time(method(logits, pattern), pattern, pattern.tail(in_features), first.dtype, logits.dtype)
+    blocks = ceil_div(groups, common["GROUPS"] * common["TILES"])
     with torch.cuda.device(first.device):
         kernel[(rows * blocks,)](
             *(*tensors, *scalars, _signed(key.seed), _signed(key.layer), in_features, groups, blocks),
@@ -119,15 +128,23 @@ def _launch(
         )
 
 
-def compile_time(pattern: NMPattern, tail: int, dtype: torch.dtype) -> dict[str, int]:
+def compile_time(
+    method: str, pattern: NMPattern, tail: int, dtype: torch.dtype, logit_dtype: torch.dtype
+) -> dict[str, int | str]:
     """The compile-time arguments that both kernels have, for rows with `tail` weights in a shorter last group."""
+    held = 0 if method == "walk" else pattern.num_candidates
+    widest = dtype.itemsize if method == "candidates" else max(dtype.itemsize, logit_dtype.itemsize)
     return {
-        "KEEPERS": _bits(pattern, by_position=True),
-        "ALLOWED": _allowed(pattern, tail),
+        "METHOD": method,
+        "KEPT": _bits(pattern, by_position=False) if held else 0,
+        "KEEPERS": _bits(pattern, by_position=True) if held else 0,
+        "ALLOWED": _allowed(pattern, tail) if held else 0,
         "TAIL": tail,
+        "N": pattern.n,
         "M": pattern.m,
-        "CANDIDATES": pattern.num_candidates,
-        "GROUPS": 32 * WARPS * max(1, _BYTES // (pattern.m * dtype.itemsize)),
+        "CANDIDATES": held,
+        "GROUPS": 32 * WARPS * max(1, _BYTES // (pattern.m * widest)),
+        "TILES": _TILES,
     }
 
 
@@ -155,46 +172,31 @@ def _allowed(pattern: NMPattern, tail: int) -> int:
 
 
 # --- whether they work ------------------------------------------------------------------------------------------------
-def _works(device: torch.device, dtype: torch.dtype, logit_dtype: torch.dtype, pattern: NMPattern) -> bool:
-    """Whether the kernels compile there and are right, tried once a process; never while a CUDA graph is captured."""
-    case = (device, dtype, logit_dtype, pattern)
-    if case not in _known:
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            _say_untried(*case)
-            return False
-        reason = failure(lambda: _is_right(*case))
-        if reason:
-            logger.warning(
-                "the fused mask kernels are not used on %s for %s, logits in %s, %s: %s%s", *case, reason, ADVICE
-            )
-        _known[case] = reason is None
-    return _known[case]
+def _works(device: torch.device, dtype: torch.dtype, logit_dtype: torch.dtype, pattern: NMPattern, how: str) -> bool:
+    """Whether the kernels compile there and are right, tried once a process."""
+    case = (dtype, logit_dtype, pattern, how)
+    return _trials.works(device, case, lambda: _is_right(device, *case))
 
 
-@lru_cache(maxsize=64)
-def _say_untried(device: torch.device, dtype: torch.dtype, logit_dtype: torch.dtype, pattern: NMPattern) -> None:
-    logger.warning(
-        "the fused mask kernels have not run on %s for %s, logits in %s, %s yet, so the CUDA graph that is being captured "
-        "does without them; take one step before the capture",
-        *(device, dtype, logit_dtype, pattern),
-    )
-
-
-def _is_right(device: torch.device, dtype: torch.dtype, logit_dtype: torch.dtype, pattern: NMPattern) -> bool:
-    """Whether a small case agrees with the formulas of `CandidateSampler` to a few roundings."""
-    rows, groups = 4, 16
+def _is_right(
+    device: torch.device, dtype: torch.dtype, logit_dtype: torch.dtype, pattern: NMPattern, how: str
+) -> bool:
+    """Whether a small case agrees with the formulas of the sampler to a few roundings."""
+    rows, groups = 2, 300  # several tiles
     generator = torch.Generator().manual_seed(0)
 
     def numbers(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, device="cpu").to(device)
 
+    per_candidate = how == "candidates"
     weight, grad = (numbers(rows, groups * pattern.m).to(dtype) for _ in range(2))
-    logits = numbers(rows, pattern.num_candidates, groups).to(logit_dtype)
+    logits = numbers(*((rows, pattern.num_candidates, groups) if per_candidate else weight.shape)).to(logit_dtype)
     key, state = NoiseKey(0x9E3779B9, 5), SamplingState.of(2.0, 3.0, 0.01, 7, 1, device)
     result = masked_weight(weight, logits, pattern, key, state)
     found = (result, *gradients(grad, weight, logits, pattern, key, state, (True, True)))
 
-    sampler = CandidateSampler(logits, pattern, weight.shape[1], key, state, noise=True)
+    of_logits = CandidateSampler if per_candidate else ElementwiseSampler
+    sampler = of_logits(logits, pattern, weight.shape[1], key, state, noise=True)
     chances = sampler.distribution(slice(0, rows))
     mask, w, a = sampler.mask(chances), weight.float(), grad.float()
     grad_logits = sampler.gradient(chances, a * w - 0.02 * w.square() * mask) * sampler.slope

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from pathlib import Path
 
@@ -38,3 +39,20 @@ def processor_flags() -> str:
             return next((line for line in file if line.startswith(("flags", "Features"))), "")
     except OSError:
         return cpu_name()
+
+
+def keep_freed_memory() -> bool:
+    """Have the C library keep the memory that this process frees, for its next tensors. (glibc; elsewhere it does nothing.)
+
+    A training step frees and takes memory of the size of all weights and gradients. By default glibc returns it to the
+    system, which then has to clear every page again: on a virtual machine that can take as long as computing what is
+    written there. It concerns the whole process, so programs call it, not libraries.
+
+    Returns:
+        whether the C library has taken note.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is None:
+        return False
+    trim_threshold, most_mappings = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
+    return bool(mallopt(trim_threshold, -1)) and bool(mallopt(most_mappings, 0))

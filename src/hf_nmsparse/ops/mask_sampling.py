@@ -23,10 +23,11 @@ import torch
 from ..pattern import NMPattern
 from . import gpu_masks, native_masks
 from .candidate_masks import CandidateSampler
-from .eager import is_plain_eager
+from .eager import is_plain_eager, without_autocast
 from .elementwise_masks import ElementwiseSampler
 from .philox import NoiseKey
 from .sampler import Sampler, SamplingState
+from .shared_sample import SharedSample
 
 # Groups per slice, counted for the six values a group of candidates of 2:4. On the CPU about 0.5 MB a temporary, measured
 # fastest of 8k to 256k with 2 MB of L2 a core; one slice a thread instead of one slice on all of them was slower, because
@@ -42,6 +43,7 @@ def masked_weight(
     key: NoiseKey,
     state: SamplingState,
     hard: bool = False,
+    shared: SharedSample | None = None,
 ) -> torch.Tensor:
     """`W * M` with a soft, sampled mask, or with the hard one (exactly n of m) and the soft one's gradient.
 
@@ -53,11 +55,13 @@ def masked_weight(
         state (`SamplingState`): temperature, scale, regulariser, step, draw.
         hard (`bool`): exact mask of the largest logits in the forward value; the gradient is that of the noise-free
             soft mask (straight-through), without the regulariser.
+        shared (`SharedSample`, *optional*): takes the forward value of a soft mask from there, or leaves it there, for
+            calls with the same arguments; the gradient is computed as ever.
 
     Returns:
         `[out, in]` in the dtype of `weight`.
     """
-    return _MaskedWeight.apply(weight, logits, *state.tensors(), pattern, key, hard)
+    return _MaskedWeight.apply(weight, logits, *state.tensors(), pattern, key, hard, shared)
 
 
 def hard_codes(logits: torch.Tensor, pattern: NMPattern, in_features: int) -> torch.Tensor:
@@ -122,31 +126,42 @@ def _fused(weight: torch.Tensor, logits: torch.Tensor, pattern: NMPattern) -> Mo
     return next((module for module in (native_masks, gpu_masks) if module.takes(weight, logits, pattern)), None)
 
 
+def _hard_masked(weight: torch.Tensor, logits: torch.Tensor, pattern: NMPattern) -> torch.Tensor:
+    result = torch.empty_like(weight)
+    for rows in _row_slices(logits, pattern, weight.shape[1]):
+        mask = _sampler_class(logits).hard_mask(logits[rows], pattern, weight.shape[1])
+        torch.where(mask, weight[rows], weight.new_zeros(()), out=result[rows])
+    return result
+
+
+def _sampled(
+    weight: torch.Tensor, logits: torch.Tensor, pattern: NMPattern, key: NoiseKey, state: SamplingState
+) -> torch.Tensor:
+    if fused := _fused(weight, logits, pattern):
+        return fused.masked_weight(weight, logits, pattern, key, state)
+    result = torch.empty_like(weight)
+    sampler = _sampler_class(logits)(logits, pattern, weight.shape[1], key, state, noise=True)
+    for rows in _row_slices(logits, pattern, weight.shape[1]):
+        torch.mul(weight[rows], sampler.mask(sampler.distribution(rows)), out=result[rows])
+    return result
+
+
 class _MaskedWeight(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight, logits, temperature, logit_scale, regularization, step, draw, pattern, key, hard):
+    def forward(ctx, weight, logits, temperature, logit_scale, regularization, step, draw, pattern, key, hard, shared):
         ctx.save_for_backward(weight, logits, temperature, logit_scale, regularization, step, draw)
         ctx.pattern, ctx.key, ctx.hard = pattern, key, hard
-        in_features = weight.shape[1]
-        result = torch.empty_like(weight)
-        slices = _row_slices(logits, pattern, in_features)
-        with torch.autocast(weight.device.type, enabled=False):  # it would multiply the masks in low precision
+        state = SamplingState(temperature, logit_scale, regularization, step, draw)
+        with without_autocast(weight):  # it would multiply the masks in low precision
             if hard:
-                for rows in slices:
-                    mask = _sampler_class(logits).hard_mask(logits[rows], pattern, in_features)
-                    torch.where(mask, weight[rows], weight.new_zeros(()), out=result[rows])
-                return result
-            state = SamplingState(temperature, logit_scale, regularization, step, draw)
-            if fused := _fused(weight, logits, pattern):
-                return fused.masked_weight(weight, logits, pattern, key, state)
-            sampler = _sampler_class(logits)(logits, pattern, in_features, key, state, noise=True)
-            for rows in slices:
-                torch.mul(weight[rows], sampler.mask(sampler.distribution(rows)), out=result[rows])
-        return result
+                return _hard_masked(weight, logits, pattern)
+            if shared is None:
+                return _sampled(weight, logits, pattern, key, state)
+            return shared.weight(lambda: _sampled(weight, logits, pattern, key, state))
 
     @staticmethod
     def backward(ctx, grad):
-        with torch.autocast(grad.device.type, enabled=False):
+        with without_autocast(grad):
             return _MaskedWeight._gradients(ctx, grad)
 
     @staticmethod
@@ -156,7 +171,7 @@ class _MaskedWeight(torch.autograd.Function):
         state = SamplingState(*scalars)
         if not hard and is_plain_eager(grad) and (fused := _fused(weight, logits, pattern)):
             wanted = ctx.needs_input_grad[:2]
-            return *fused.gradients(grad, weight, logits, pattern, ctx.key, state, wanted), *[None] * 8
+            return *fused.gradients(grad, weight, logits, pattern, ctx.key, state, wanted), *[None] * 9
         sampler = _sampler_class(logits)(logits, pattern, in_features, ctx.key, state, noise=not hard)
         reward = 2 * state.regularization.to(sampler.dtype)
         grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[0] else None
@@ -177,4 +192,4 @@ class _MaskedWeight(torch.autograd.Function):
             if not hard:
                 grad_mask -= w.square().mul_(mask).mul_(reward)
             torch.mul(sampler.gradient(distribution, grad_mask), sampler.slope, out=grad_logits[rows])
-        return grad_weight, grad_logits, *[None] * 8
+        return grad_weight, grad_logits, *[None] * 9

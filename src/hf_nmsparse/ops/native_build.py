@@ -14,6 +14,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
@@ -86,9 +87,14 @@ def _compile(compiler: str, flags: tuple[str, ...], runtime: tuple[str, ...], li
         objects = {source: Path(folder) / f"{source.stem}.o" for source in sorted(SOURCE_FOLDER.glob("*.cpp"))}
         compile_all = [[compiler, *flags, "-c", str(source), "-o", str(out)] for source, out in objects.items()]
         link = [compiler, "-shared", *map(str, objects.values()), *runtime, "-o", str(made)]
-        for command in (*compile_all, link):
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS)
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(_run, compile_all))
+        _run(link)
         os.replace(made, library)  # whole or not at all, also when two processes compile at once
+
+
+def _run(command: list[str]) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS)
 
 
 def load(library: Path) -> ctypes.CDLL:
@@ -102,4 +108,6 @@ def load(library: Path) -> ctypes.CDLL:
     loaded.nmsparse_linear24.argtypes = [*[_POINTER] * 4, _LONG, _INTEGER]
     loaded.nmsparse_unpack24.argtypes = [_POINTER, _POINTER, _INTEGER]
     loaded.nmsparse_masked_weight.argtypes = [_POINTER]
+    loaded.nmsparse_adamw.argtypes = [_POINTER]
+    loaded.nmsparse_packing.argtypes = [_POINTER]
     return loaded

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+from functools import lru_cache
 
 import torch
 
@@ -26,7 +27,7 @@ class _Masks(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("logits", "weight", "grad", "result", "grad_logits", "grad_weight")),
         ("candidates", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("rows", "in_features")),
-        *((name, ctypes.c_int) for name in ("n", "m", "num_candidates", "weight_type", "logit_type")),
+        *((name, ctypes.c_int) for name in ("n", "m", "num_candidates", "elementwise", "weight_type", "logit_type")),
         *((name, ctypes.c_float) for name in ("slope", "inverse_temperature", "reward")),
         *((name, ctypes.c_uint32) for name in ("seed", "layer", "step", "draw")),
         ("threads", ctypes.c_int),
@@ -74,6 +75,11 @@ def gradients(
     return grad_weight, grad_logits
 
 
+@lru_cache(maxsize=16)
+def _candidates(pattern: NMPattern) -> torch.Tensor:
+    return pattern.candidates("cpu", torch.uint8).contiguous()
+
+
 def _run(
     weight: torch.Tensor,
     logits: torch.Tensor,
@@ -83,15 +89,17 @@ def _run(
     **others: torch.Tensor | None,
 ) -> None:
     temperature, scale, reward = (float(value) for value in state.tensors()[:3])
-    candidates = pattern.candidates(weight.device, torch.uint8).contiguous() if logits.dim() == 3 else None
-    tensors = {"weight": weight.contiguous(), "logits": logits.contiguous(), "candidates": candidates, **others}
+    tensors = {"weight": weight.contiguous(), "logits": logits.contiguous(), **others}
+    if pattern.num_candidates <= _MOST_CANDIDATES:
+        tensors["candidates"] = _candidates(pattern)
     masks = _Masks(
         **{name: tensor.data_ptr() for name, tensor in tensors.items() if tensor is not None},
         rows=weight.shape[0],
         in_features=weight.shape[1],
         n=pattern.n,
         m=pattern.m,
-        num_candidates=0 if candidates is None else len(candidates),
+        num_candidates=pattern.num_candidates,
+        elementwise=logits.dim() == 2,
         weight_type=_TYPES[weight.dtype],
         logit_type=_TYPES[logits.dtype],
         slope=scale / temperature,

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""W * M on a GPU, M the soft mask of learned logits of candidates, and the gradient of the logits, in Triton.
+"""W * M on a GPU, M the soft mask of learned logits, and the gradient of the logits, in Triton.
 
-The formulas are those of candidate_masks.py, the noise is that of philox.py; forward and backward read and write each number
-once and keep nothing of the size of the logits. A program works on consecutive groups of one row, and a thread holds all
-that belongs to a group: a tensor of `[groups]` for each candidate and each position, so sums over these need no exchange.
+The formulas are those of candidate_masks.py and elementwise_masks.py, the noise is that of philox.py; forward and backward
+read and write each number once and keep nothing of the size of the logits. A program works on consecutive groups of one row,
+and a thread holds all that belongs to a group: a tensor of `[groups]` for each candidate and each position, so sums over these
+need no exchange.
 
-Scores are in units of log2: 2^s instead of e^s, so that no constant is multiplied in twice.
+METHOD says whose the logits are and how masks follow from them:
+    candidates  a logit a candidate, whose softmax are the probabilities
+    sums        a logit a weight; the score of a candidate is the sum over the positions it keeps, so all candidates are held
+    walk        a logit a weight; the n (m - n) choices of triton_elementwise.py, which are fewer where m is large
 """
 
 from __future__ import annotations
@@ -13,12 +17,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .triton_elementwise import conditionals, marginals, marginals_derivative
+from .triton_noise import moment_of, placed_like, scores_of
+
 
 # --- order of numbers -------------------------------------------------------------------------------------------------
 @triton.jit
 def to_weights(planes, M: tl.constexpr):
     """M tensors `[groups]`, one a position, as one `[groups * M]` in the order of the weights."""
-    LEVELS: tl.constexpr = 1 if M == 2 else (2 if M == 4 else 3)
+    LEVELS: tl.constexpr = 1 if M == 2 else (2 if M == 4 else (3 if M == 8 else 4))
     for level in tl.static_range(LEVELS):
         paired = ()
         for i in tl.static_range(M >> (level + 1)):
@@ -31,7 +38,7 @@ def to_weights(planes, M: tl.constexpr):
 @triton.jit
 def to_planes(weights, M: tl.constexpr):
     """The inverse of `to_weights`."""
-    LEVELS: tl.constexpr = 1 if M == 2 else (2 if M == 4 else 3)
+    LEVELS: tl.constexpr = 1 if M == 2 else (2 if M == 4 else (3 if M == 8 else 4))
     planes = (weights,)
     for level in tl.static_range(LEVELS):
         even = ()
@@ -57,95 +64,10 @@ def sum_where(values, BITS: tl.constexpr, COUNT: tl.constexpr):
     return total
 
 
-# --- noise ------------------------------------------------------------------------------------------------------------
-@triton.jit
-def log2_of(x, NVIDIA: tl.constexpr):
-    """One instruction of NVIDIA's, of absolute error 2^-22 where x is from 1/2 to 2, else the library's, which takes 30."""
-    if NVIDIA:
-        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
-    else:
-        return tl.log2(x)
-
-
-@triton.jit
-def placed_like(numbers, example, NVIDIA: tl.constexpr):
-    """The same int32 numbers, each in the thread that holds its place of `example`.
-
-    Noise depends on nothing that is loaded, so Triton would spread it over the threads by a rule of its own, and exchange it
-    through shared memory. No instruction is left of this one, nor does it wait for `example`.
-    """
-    if NVIDIA:
-        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r,f", [numbers, example], tl.int32, True, 1)
-    else:
-        return numbers
-
-
-@triton.jit
-def uniform_bits(low, high, block, seed, layer, step, draw):
-    """Six 21-bit numbers of each group, uint32, times 4: the words of `gumbel_noise` of philox.py."""
-    # A scalar that is the same for all groups stays one: the first rounds are then computed once a program.
-    a, b, c, d = tl.philox_impl(low, block + (high << 16), step, draw, seed, layer, 7)
-    fifth = ((a & 0x7FF) << 2) | ((b & 0x3FF) << 13)
-    sixth = ((c & 0x7FF) << 2) | ((d & 0x3FF) << 13)
-    return ((a >> 9) & 0x7FFFFC, (b >> 9) & 0x7FFFFC, (c >> 9) & 0x7FFFFC, (d >> 9) & 0x7FFFFC, fifth, sixth)
-
-
-@triton.jit
-def gumbel_log2(bits, NVIDIA: tl.constexpr):
-    """Gumbel noise in units of log2, but for a constant: -log2(-log2 u), u = (bits / 4 + 1/2) / 2^21."""
-    above_1 = (bits | 0x3F800002).to(tl.float32, bitcast=True)  # 1 + u, exact, as are u and 1 - u
-    u = above_1 - 1.0
-    rest = 2.0 - above_1
-    # Near 1 the logarithm must be right relative to its own size, which is that of 1 - u. Relative error 3e-8.
-    series = rest * (1.442695 + rest * (0.72136723 + rest * (0.47934103 + rest * 0.3995672)))
-    exponential = tl.where(rest < 0.0625, series, -log2_of(u, NVIDIA))
-    return -log2_of(exponential, NVIDIA)
-
-
 # --- distribution -----------------------------------------------------------------------------------------------------
 @triton.jit
-def probabilities(
-    logits,  # of the row, [CANDIDATES, groups]
-    group,
-    groups,
-    row,
-    temperature,
-    scale,
-    step,
-    draw,
-    seed,
-    layer,
-    ALLOWED: tl.constexpr,
-    TAIL: tl.constexpr,
-    CANDIDATES: tl.constexpr,
-    NVIDIA: tl.constexpr,
-):
-    """Of each candidate a tensor like `group`."""
-    LOG2_E: tl.constexpr = 1.4426950408889634
-    PER_CALL: tl.constexpr = 6  # uniforms of 21 bits, of 128 bits
-    inverse_temperature = 1.0 / tl.load(temperature).to(tl.float32)
-    slope = tl.load(scale).to(tl.float32) * inverse_temperature * LOG2_E
-    step_word = tl.load(step).to(tl.uint32)
-    draw_word = tl.load(draw).to(tl.uint32)
-    seed_word = seed.to(tl.uint32, bitcast=True)
-    layer_word = layer.to(tl.uint32, bitcast=True)
-    values = ()
-    for c in tl.static_range(CANDIDATES):
-        value = tl.load(logits + c * groups.to(tl.int64) + group, group < groups, other=0.0)
-        values = values + (value.to(tl.float32),)
-    index = row * groups + placed_like(group, values[0], NVIDIA)  # int64, of the whole layer
-    low = index.to(tl.uint32)
-    high = (index >> 32).to(tl.uint32)
-
-    scores = ()
-    for c in tl.static_range(CANDIDATES):
-        if c % PER_CALL == 0:
-            words = uniform_bits(low, high, c // PER_CALL, seed_word, layer_word, step_word, draw_word)
-        score = values[c] * slope + gumbel_log2(words[c % PER_CALL], NVIDIA) * inverse_temperature
-        if TAIL and not (ALLOWED >> c) & 1:
-            score = tl.where(group == groups - 1, -1e30, score)
-        scores = scores + (score,)
-
+def softmax(scores, CANDIDATES: tl.constexpr):
+    """The probabilities of the candidates."""
     largest = scores[0]
     for c in tl.static_range(1, CANDIDATES):
         largest = tl.maximum(largest, scores[c])
@@ -160,19 +82,96 @@ def probabilities(
 
 
 @triton.jit
-def soft_mask(chances, KEEPERS: tl.constexpr, M: tl.constexpr, CANDIDATES: tl.constexpr):
-    """M, `[groups * M]`."""
+def distribution(
+    logits,
+    moment,
+    row,
+    group,
+    column,
+    in_features,
+    groups,
+    METHOD: tl.constexpr,
+    KEPT: tl.constexpr,
+    ALLOWED: tl.constexpr,
+    TAIL: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    CANDIDATES: tl.constexpr,
+    NVIDIA: tl.constexpr,
+):
+    """Probabilities of the candidates, or w of the walk: tensors like `group`."""
+    if METHOD == "candidates":
+        values = ()
+        for c in tl.static_range(CANDIDATES):
+            there = logits + (row * CANDIDATES + c) * groups + group
+            values = values + (tl.load(there, group < groups, other=0.0).to(tl.float32),)
+    else:
+        there = logits + row * in_features + column
+        values = to_planes(tl.load(there, column < in_features, other=0.0).to(tl.float32), M)
+    index = row * groups + placed_like(group, values[0], NVIDIA)
+    raw = scores_of(values, moment, index, CANDIDATES if METHOD == "candidates" else M, NVIDIA)
+    scores = ()
+    for i in tl.static_range(CANDIDATES if METHOD == "candidates" else M):
+        score = raw[i]
+        if METHOD == "candidates":
+            if TAIL and not (ALLOWED >> i) & 1:
+                score = tl.where(group == groups - 1, -1e30, score)
+        elif TAIL and i >= TAIL:
+            # The tail keeps min(n, r) weights, the padding its first positions; as _PADDING_SCORE of elementwise_masks.py.
+            score = tl.where(group == groups - 1, (i - TAIL + 1) * -1e9, score)
+        scores = scores + (score,)
+    if METHOD == "walk":
+        result = conditionals(scores, N, M, NVIDIA)
+    elif METHOD == "sums":
+        sums = ()
+        for c in tl.static_range(CANDIDATES):
+            sums = sums + (sum_where(scores, KEPT >> c * M, M),)
+        result = softmax(sums, CANDIDATES)
+    else:
+        result = softmax(scores, CANDIDATES)
+    return result
+
+
+@triton.jit
+def by_position(numbers, KEEPERS: tl.constexpr, M: tl.constexpr, CANDIDATES: tl.constexpr):
+    """Of each position the sum over the candidates that keep it."""
     planes = ()
     for j in tl.static_range(M):
-        planes = planes + (sum_where(chances, KEEPERS >> j * CANDIDATES, CANDIDATES),)
-    return to_weights(planes, M)
+        planes = planes + (sum_where(numbers, KEEPERS >> j * CANDIDATES, CANDIDATES),)
+    return planes
+
+
+@triton.jit
+def soft_mask(
+    chances, METHOD: tl.constexpr, KEEPERS: tl.constexpr, N: tl.constexpr, M: tl.constexpr, CANDIDATES: tl.constexpr
+):
+    """M, `[groups * M]`."""
+    if METHOD == "walk":
+        return to_weights(marginals(chances, N, M), M)
+    else:
+        return to_weights(by_position(chances, KEEPERS, M, CANDIDATES), M)
+
+
+@triton.jit
+def grad_scores(chances, grad_mask, KEPT: tl.constexpr, M: tl.constexpr, CANDIDATES: tl.constexpr):
+    """dL / d score of each candidate, from dL / dM of each position."""
+    slopes = ()  # dL/dy of each candidate
+    for c in tl.static_range(CANDIDATES):
+        slopes = slopes + (sum_where(grad_mask, KEPT >> c * M, M),)
+    mean = chances[0] * slopes[0]
+    for c in tl.static_range(1, CANDIDATES):
+        mean += chances[c] * slopes[c]
+    result = ()
+    for c in tl.static_range(CANDIDATES):
+        result = result + ((slopes[c] - mean) * chances[c],)
+    return result
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
 @triton.jit
 def masked_weight(
     weight,  # [rows, in_features]
-    logits,  # [rows, CANDIDATES, groups]
+    logits,  # [rows, CANDIDATES, groups], or like weight
     result,  # like weight
     temperature,  # the scalars of SamplingState, one number each
     scale,
@@ -182,28 +181,34 @@ def masked_weight(
     layer,
     in_features,
     groups,
-    blocks,  # of GROUPS groups, a row
-    KEEPERS: tl.constexpr,  # bit j * CANDIDATES + c: whether candidate c keeps position j
+    blocks,  # programs a row, each for TILES times GROUPS groups
+    METHOD: tl.constexpr,
+    KEPT: tl.constexpr,  # bit c * M + j: whether candidate c keeps position j
+    KEEPERS: tl.constexpr,  # bit j * CANDIDATES + c: the same
     ALLOWED: tl.constexpr,  # bit c: whether the last group, shorter by TAIL, may use candidate c
     TAIL: tl.constexpr,
+    N: tl.constexpr,
     M: tl.constexpr,
     CANDIDATES: tl.constexpr,
     GROUPS: tl.constexpr,
+    TILES: tl.constexpr,
     NVIDIA: tl.constexpr,
 ):
     row = (tl.program_id(0) // blocks).to(tl.int64)
-    first = tl.program_id(0) % blocks * GROUPS
-    group = first + tl.arange(0, GROUPS)
-    chances = probabilities(
-        logits + row * CANDIDATES * groups, group, groups, row, temperature, scale, step, draw, seed, layer,
-        ALLOWED, TAIL, CANDIDATES, NVIDIA,
-    )  # fmt: skip
-    column = first * M + tl.arange(0, GROUPS * M)
-    inside = column < in_features
-    at = row * in_features + column
-    w = tl.load(weight + at, inside, other=0.0).to(tl.float32)
-    product = w * soft_mask(chances, KEEPERS, M, CANDIDATES)
-    tl.store(result + at, product.to(result.dtype.element_ty), inside)
+    begin = tl.program_id(0) % blocks * GROUPS * TILES
+    moment = moment_of(temperature, scale, step, draw, seed, layer)
+    for first in range(begin, tl.minimum(begin + GROUPS * TILES, groups), GROUPS):
+        group = first + tl.arange(0, GROUPS)
+        column = first * M + tl.arange(0, GROUPS * M)
+        inside = column < in_features
+        at = row * in_features + column
+        chances = distribution(
+            logits, moment, row, group, column, in_features, groups,
+            METHOD, KEPT, ALLOWED, TAIL, N, M, CANDIDATES, NVIDIA,
+        )  # fmt: skip
+        w = tl.load(weight + at, inside, other=0.0).to(tl.float32)
+        product = w * soft_mask(chances, METHOD, KEEPERS, N, M, CANDIDATES)
+        tl.store(result + at, product.to(result.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -225,41 +230,48 @@ def gradients(
     blocks,
     FOR_WEIGHT: tl.constexpr,
     FOR_LOGITS: tl.constexpr,
-    KEPT: tl.constexpr,  # bit c * M + j: the same
+    METHOD: tl.constexpr,
+    KEPT: tl.constexpr,
     KEEPERS: tl.constexpr,
     ALLOWED: tl.constexpr,
     TAIL: tl.constexpr,
+    N: tl.constexpr,
     M: tl.constexpr,
     CANDIDATES: tl.constexpr,
     GROUPS: tl.constexpr,
+    TILES: tl.constexpr,
     NVIDIA: tl.constexpr,
 ):
     row = (tl.program_id(0) // blocks).to(tl.int64)
-    first = tl.program_id(0) % blocks * GROUPS
-    group = first + tl.arange(0, GROUPS)
-    chances = probabilities(
-        logits + row * CANDIDATES * groups, group, groups, row, temperature, scale, step, draw, seed, layer,
-        ALLOWED, TAIL, CANDIDATES, NVIDIA,
-    )  # fmt: skip
-    column = first * M + tl.arange(0, GROUPS * M)
-    inside = column < in_features
-    at = row * in_features + column
-    mask = soft_mask(chances, KEEPERS, M, CANDIDATES)
-    a = tl.load(grad + at, inside, other=0.0).to(tl.float32)
-    if FOR_WEIGHT:
-        tl.store(grad_weight + at, (a * mask).to(grad_weight.dtype.element_ty), inside)
-    if FOR_LOGITS:
-        w = tl.load(weight + at, inside, other=0.0).to(tl.float32)
-        reward = 2.0 * tl.load(regularization).to(tl.float32)
-        grad_mask = to_planes(a * w - w * w * mask * reward, M)
-        slopes = ()  # dL/dy of each candidate
-        for c in tl.static_range(CANDIDATES):
-            slopes = slopes + (sum_where(grad_mask, KEPT >> c * M, M),)
-        mean = chances[0] * slopes[0]
-        for c in tl.static_range(1, CANDIDATES):
-            mean += chances[c] * slopes[c]
-        factor = tl.load(scale).to(tl.float32) / tl.load(temperature).to(tl.float32)
-        for c in tl.static_range(CANDIDATES):
-            there = grad_logits + (row * CANDIDATES + c) * groups + group
-            value = (slopes[c] - mean) * chances[c] * factor
-            tl.store(there, value.to(grad_logits.dtype.element_ty), group < groups)
+    begin = tl.program_id(0) % blocks * GROUPS * TILES
+    moment = moment_of(temperature, scale, step, draw, seed, layer)
+    reward = 2.0 * tl.load(regularization).to(tl.float32)
+    factor = tl.load(scale).to(tl.float32) / tl.load(temperature).to(tl.float32)
+    for first in range(begin, tl.minimum(begin + GROUPS * TILES, groups), GROUPS):
+        group = first + tl.arange(0, GROUPS)
+        column = first * M + tl.arange(0, GROUPS * M)
+        inside = column < in_features
+        at = row * in_features + column
+        chances = distribution(
+            logits, moment, row, group, column, in_features, groups,
+            METHOD, KEPT, ALLOWED, TAIL, N, M, CANDIDATES, NVIDIA,
+        )  # fmt: skip
+        mask = soft_mask(chances, METHOD, KEEPERS, N, M, CANDIDATES)
+        a = tl.load(grad + at, inside, other=0.0).to(tl.float32)
+        if FOR_WEIGHT:
+            tl.store(grad_weight + at, (a * mask).to(grad_weight.dtype.element_ty), inside)
+        if FOR_LOGITS:
+            w = tl.load(weight + at, inside, other=0.0).to(tl.float32)
+            grad_mask = to_planes(a * w - w * w * mask * reward, M)
+            element = grad_logits.dtype.element_ty
+            if METHOD == "candidates":
+                found = grad_scores(chances, grad_mask, KEPT, M, CANDIDATES)
+                for c in tl.static_range(CANDIDATES):
+                    there = grad_logits + (row * CANDIDATES + c) * groups + group
+                    tl.store(there, (found[c] * factor).to(element), group < groups)
+            else:
+                if METHOD == "walk":
+                    moved = marginals_derivative(chances, grad_mask, N, M)
+                else:
+                    moved = by_position(grad_scores(chances, grad_mask, KEPT, M, CANDIDATES), KEEPERS, M, CANDIDATES)
+                tl.store(grad_logits + at, (to_weights(moved, M) * factor).to(element), inside)

@@ -11,13 +11,12 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.base import HfQuantizer
 
-from .. import ops
-from ..ops import SideBranch
+from ..ops import SideBranch, Weight24
 from .branch import BRANCH_LEAVES, branch_tensors
 from .layers import is_conv1d
 from .modules import SparseLinear24
 from .stored_mask import MaskOnLoad
-from .weights import PATTERN, WEIGHT_LEAVES, pack_masked, weight_tensors
+from .weights import WEIGHT_LEAVES, pack_masked, pack_pruned, weight_tensors
 
 
 class PruneAndPack(ConversionOps):
@@ -29,7 +28,7 @@ class PruneAndPack(ConversionOps):
             layer = _layer_of(model, name)
             if isinstance(layer, SparseLinear24):
                 rows = _as_rows(weight, layer)
-                converted |= _packed(name, rows, ops.top_n_mask(rows.abs(), PATTERN), layer)
+                converted |= _packed(name, pack_pruned(rows, layer.values))
             else:
                 converted[name] = weight
         return converted
@@ -58,7 +57,7 @@ class MaskAndPack(ConversionOps):
             masked = rows.masked_fill(~keep, 0)
             return {name: _as_stored(masked if branch is None else branch.added_to(masked), layer)}
         beside = {f"{path}.{leaf}": tensor.to(rows).contiguous() for leaf, tensor in branch_tensors(branch).items()}
-        return _packed(name, rows, keep, layer) | beside
+        return _packed(name, pack_masked(rows, keep, layer.values)) | beside
 
 
 class Unpack(ConversionOps):
@@ -74,16 +73,15 @@ class Unpack(ConversionOps):
         found = dict(_single_tensors(input_dict))
         if "weight_idx" not in found:
             return {full_layer_name: found["weight"]}
-        weight = ops.Weight24(*(found.get(leaf) for leaf in WEIGHT_LEAVES)).dense()
+        weight = Weight24(*(found.get(leaf) for leaf in WEIGHT_LEAVES)).dense()
         if any(leaf in found for leaf in BRANCH_LEAVES):
             slorb, low_rank_a, low_rank_b = (found.get(leaf) for leaf in BRANCH_LEAVES)
             weight = SideBranch(slorb, self.slorb_block, low_rank_a, low_rank_b).added_to(weight)
         return {full_layer_name: _as_stored(weight, _layer_of(model, full_layer_name))}
 
 
-def _packed(name: str, rows: torch.Tensor, keep: torch.Tensor, layer: SparseLinear24) -> dict[str, torch.Tensor]:
+def _packed(name: str, weight: Weight24) -> dict[str, torch.Tensor]:
     """The packed tensors of the weight `name`, by their names in the model."""
-    weight = pack_masked(rows, keep, layer.values)
     return {name.removesuffix("weight") + leaf: tensor for leaf, tensor in weight_tensors(weight).items()}
 
 

@@ -73,11 +73,26 @@ def pack_masked(
     """
     completed, _ = ops.complete_mask(keep, PATTERN)
     kept, ids = ops.pack_24(weight.masked_fill(~keep, 0), completed)
+    return _stored(kept, ids, values, input_scale)
+
+
+def pack_pruned(weight: torch.Tensor, values: str = "dense") -> Weight24:
+    """`weight` (`[out, in]`) packed where its magnitude is among the two highest of its group; `values` as above.
+
+    Raises:
+        PatternError: if in_features is no multiple of 8.
+    """
+    kept, ids, _ = ops.prune_24(weight)
+    return _stored(kept, ids, values)
+
+
+def _stored(kept: torch.Tensor, ids: torch.Tensor, values: str, input_scale: torch.Tensor | None = None) -> Weight24:
     if values == "dense":
         return Weight24(kept, ids)
+    dtype = kept.dtype
     if input_scale is not None:
         # In the dtype in which it is stored, before anything is divided by it.
-        input_scale = input_scale.to(weight.device, weight.dtype)
+        input_scale = input_scale.to(kept.device, dtype)
         kept = kept.float() / input_scale.float()[ops.columns_of_24(ids)]
-    quantised, scale = ops.quantize_values(kept, values, weight.dtype)
+    quantised, scale = ops.quantize_values(kept, values, dtype)
     return Weight24(quantised, ids, scale, input_scale)

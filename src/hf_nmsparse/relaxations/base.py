@@ -10,6 +10,7 @@ import torch
 
 from ..errors import ConfigError
 from ..ops import NoiseKey, SamplingState
+from ..ops.shared_sample import SharedSample
 from ..pattern import NMPattern
 
 
@@ -23,6 +24,7 @@ class RelaxationConfig(Protocol):
     temperature: tuple[float, float]
     logit_scale: tuple[float, float]
     magnitude_regularization: float
+    logits_dtype: str
 
 
 class Relaxation(ABC):
@@ -55,7 +57,12 @@ class Relaxation(ABC):
 
     @abstractmethod
     def effective_weight(
-        self, weight: torch.Tensor, parameters: dict[str, torch.Tensor], state: SamplingState, hard: bool
+        self,
+        weight: torch.Tensor,
+        parameters: dict[str, torch.Tensor],
+        state: SamplingState,
+        hard: bool,
+        shared: SharedSample | None = None,
     ) -> torch.Tensor:
         """The weight the layer computes with, `[out, in]` in the dtype of `weight`.
 
@@ -64,6 +71,8 @@ class Relaxation(ABC):
             parameters (`dict[str, torch.Tensor]`): what `parameters` declared.
             state (`SamplingState`): temperature, scale, regulariser, step and draw of this moment.
             hard (`bool`): the exact n:m weight (evaluation) instead of the sampled soft one (training).
+            shared (`SharedSample`, *optional*): may hold the soft one of an earlier pass with the same arguments, or take
+                it for later ones.
         """
 
     @abstractmethod

@@ -16,7 +16,7 @@ MAX_CANDIDATES = 70
 class CandidatesRelaxation(LogitsRelaxation):
     """`W * M` with `M` the expectation over C(m, n) candidates under a Gumbel-softmax of their logits.
 
-    Parameters: `nmsparse_logits`, float32 `[out, C, groups]`.
+    Parameters: `nmsparse_logits` `[out, C, groups]`, in `config.logits_dtype`.
     """
 
     name = "candidates"

@@ -14,7 +14,7 @@ from .logits import LOGIT_STD, LogitsRelaxation
 class ElementwiseRelaxation(LogitsRelaxation):
     """`W * M` with `M` the marginals of the distribution over subsets of n of m that the logits of their weights give.
 
-    Parameters: `nmsparse_logits`, float32 `[out, in]`.
+    Parameters: `nmsparse_logits` `[out, in]`, in `config.logits_dtype`.
     """
 
     name = "elementwise"

@@ -9,6 +9,7 @@ import torch
 
 from .. import ops
 from ..ops import SamplingState
+from ..ops.shared_sample import SharedSample
 from .base import Relaxation, RelaxationConfig
 
 # Standard deviation of fresh logits, and the unit of the prior's strength (MaskLLM's initialisation).
@@ -24,15 +25,20 @@ class LogitsRelaxation(Relaxation):
 
     def parameters(self, weight: torch.Tensor, config: RelaxationConfig) -> dict[str, torch.Tensor]:
         shape = self.logits_shape(*weight.shape)
-        logits = torch.zeros(shape, device=weight.device, dtype=torch.float32)
+        logits = torch.zeros(shape, device=weight.device, dtype=getattr(torch, config.logits_dtype))
         if not config.init_weights and not logits.is_meta:
             logits.copy_(torch.randn(shape, generator=self.key.generator()) * LOGIT_STD)
         return {"nmsparse_logits": logits}
 
     def effective_weight(
-        self, weight: torch.Tensor, parameters: dict[str, torch.Tensor], state: SamplingState, hard: bool
+        self,
+        weight: torch.Tensor,
+        parameters: dict[str, torch.Tensor],
+        state: SamplingState,
+        hard: bool,
+        shared: SharedSample | None = None,
     ) -> torch.Tensor:
-        return ops.masked_weight(weight, parameters["nmsparse_logits"], self.pattern, self.key, state, hard)
+        return ops.masked_weight(weight, parameters["nmsparse_logits"], self.pattern, self.key, state, hard, shared)
 
     def codes(self, parameters: dict[str, torch.Tensor], in_features: int) -> torch.Tensor:
         return ops.hard_codes(parameters["nmsparse_logits"], self.pattern, in_features)

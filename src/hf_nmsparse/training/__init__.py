@@ -3,6 +3,7 @@
 
 from .callbacks import MaskMetricsCallback, MaskScheduleCallback
 from .distillation import Distillation
+from .optimizers import MaskAdamW
 from .plan import Plan, plan
 from .prior import set_prior
 from .side_branch import BranchFit, fit_side_branch
@@ -11,6 +12,7 @@ from .trainer import NMSparseTrainer
 __all__ = [
     "BranchFit",
     "Distillation",
+    "MaskAdamW",
     "MaskMetricsCallback",
     "MaskScheduleCallback",
     "NMSparseTrainer",

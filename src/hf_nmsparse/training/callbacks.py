@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..adapter import NMSparseLayer, mask_layers, set_mask_step
+from ..adapter import NMSparseConfig, NMSparseLayer, mask_layers, set_mask_step
 from ..errors import ConfigError
 from ..relaxations import sampling_state
+from .optimizers import rounds_stochastically
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,10 @@ def trained_layers(model: nn.Module) -> Iterator[tuple[str, NMSparseLayer, str]]
                 yield f"{name}.{adapter_name}", layer, adapter_name
 
 
+def _as_wanted(logits: torch.Tensor, config: NMSparseConfig) -> bool:
+    return logits.dtype == getattr(torch, config.logits_dtype)
+
+
 class MaskScheduleCallback(TrainerCallback):
     """Tells the masks of a model the optimizer step and the draw, on which schedules and noise depend.
 
@@ -44,15 +49,24 @@ class MaskScheduleCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs
     ) -> None:
         # trl casts what trains over a quantised base to bfloat16. The optimizer does not exist yet, so this is in time.
+        given = {
+            id(layer.nmsparse_logits[name].weight): layer.configs[name] for _, layer, name in trained_layers(model)
+        }
         low = [p for name, p in model.named_parameters() if ".nmsparse_" in name and p.requires_grad]
-        low = [parameter for parameter in low if parameter.dtype.itemsize < 4]
+        low = [p for p in low if p.dtype.itemsize < 4 and not (id(p) in given and _as_wanted(p, given[id(p)]))]
         for parameter in low:
             parameter.data = parameter.data.float()
         if low:
             logger.warning("%d tensors of masks were in less than float32, and are trained in float32 again", len(low))
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        **kwargs,
     ) -> None:
         layers = list(trained_layers(model))
         # Terms may train beside a mask that stays as it is.
@@ -62,10 +76,11 @@ class MaskScheduleCallback(TrainerCallback):
                 "get_peft_model(model, NMSparseConfig(...)) before training"
             )
         low = [key for key, layer, name in layers if layer.nmsparse_logits[name].weight.dtype.itemsize < 4]
-        if low:
+        if low and not rounds_stochastically(optimizer):
             logger.warning(
-                "%d masks have logits in less than float32 (first: %s); small updates will be lost to rounding. "
-                "Cast them with .float(), or keep the framework from casting adapter weights",
+                "%d masks have logits in less than float32 (first: %s), and small updates will be lost to rounding, because "
+                "the optimizer does not round stochastically. Use nms.MaskAdamW, which NMSparseTrainer takes for "
+                'logits_dtype="bfloat16" where optim is left at its default; or cast the logits with .float()',
                 len(low),
                 low[0],
             )

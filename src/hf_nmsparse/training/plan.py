@@ -34,7 +34,7 @@ from ..packed.stored_mask import inside_24
 from ..pattern import NMPattern
 
 _ADAPTER = "default"
-_GRADIENT_BYTES, _ADAMW_BYTES = 4, 8  # of one float32 parameter: its gradient; AdamW's two moments
+_ADAMW_BYTES = 8  # of one parameter: two moments, float32
 _NARROWING_FIELDS = ("dense_layers", "exclude_modules", "layers_to_transform")
 # Names of dtypes in a safetensors file, in the order in which it lays tensors down.
 _STORED_AS = {
@@ -54,7 +54,7 @@ class PlannedLayer:
         name (`str`): module name; of fused experts with the name of the parameter.
         out_features (`int`), in_features (`int`): its weight is `[out, in]`; fused experts count with the rows of all.
         groups (`int`): groups of m weights, tails included.
-        parameters (`int`): trainable values of its mask, float32.
+        parameters (`int`): trainable values of its mask, in the config's `logits_dtype`.
         term_parameters (`int`): trainable values of its terms (SLoRB, low rank, delta), float32.
         mask_bytes (`int`): its packed codes in a published mask.
         dense_bytes (`int`): its weight as it is now, quantised or not.
@@ -82,6 +82,7 @@ class Plan:
     Args:
         pattern (`str`): n:m.
         relaxation (`str`): how logits become a mask.
+        logits_dtype (`str`): of logits and their gradients; whatever else trains has float32.
         candidates (`int`): C(m, n).
         model_parameters (`int`), model_bytes (`int`): of the whole model, tied weights counted once.
         other_trainable (`int`): trainable parameters beside masks and terms (`modules_to_save`, token indices).
@@ -92,6 +93,7 @@ class Plan:
 
     pattern: str
     relaxation: str
+    logits_dtype: str
     candidates: int
     model_parameters: int
     model_bytes: int
@@ -112,8 +114,8 @@ class Plan:
 
     @property
     def logits_bytes(self) -> int:
-        """Bytes of all trainable mask tensors, float32."""
-        return 4 * sum(layer.parameters for layer in self.layers)
+        """Bytes of all trainable mask tensors."""
+        return getattr(torch, self.logits_dtype).itemsize * sum(layer.parameters for layer in self.layers)
 
     @property
     def term_bytes(self) -> int:
@@ -122,18 +124,18 @@ class Plan:
 
     @property
     def gradient_bytes(self) -> int:
-        """Bytes of the gradients of all trainable values."""
-        return _GRADIENT_BYTES * self.trainable
+        """Bytes of the gradients of all trainable values, each in the dtype of its value."""
+        return self.logits_bytes + self.term_bytes + 4 * self.other_trainable
 
     @property
     def optimizer_bytes(self) -> int:
-        """Bytes of AdamW's state."""
+        """Bytes of AdamW's state in float32."""
         return _ADAMW_BYTES * self.trainable
 
     @property
     def training_bytes(self) -> int:
         """Frozen model, trainable values, gradients and AdamW state: what training holds beside activations."""
-        return self.model_bytes + 4 * self.trainable + self.gradient_bytes + self.optimizer_bytes
+        return self.model_bytes + 2 * self.gradient_bytes + self.optimizer_bytes
 
     @property
     def mask_bits_per_weight(self) -> float:
@@ -198,6 +200,7 @@ def plan(model: nn.Module, config: NMSparseConfig) -> Plan:
     return Plan(
         pattern=str(pattern),
         relaxation=config.relaxation,
+        logits_dtype=config.logits_dtype,
         candidates=pattern.num_candidates,
         model_parameters=model_parameters,
         model_bytes=sum(parameter.nbytes for parameter in model.parameters()),

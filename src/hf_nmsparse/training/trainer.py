@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from transformers import Trainer
+from transformers.training_args import OptimizerNames
 
 from ..errors import ConfigError
 from ..relaxations.candidates import LOGIT_STD
@@ -21,6 +22,7 @@ from .distillation import (
     predicts_next_token,
     teacher_logits,
 )
+from .optimizers import MaskAdamW
 
 logger = logging.getLogger(__name__)
 
@@ -34,14 +36,19 @@ class NMSparseTrainer(Trainer):
     With `distillation`, the dense base teaches: each training step runs it once more, and `nm/distillation_loss` (T^2 KL,
     before its weight) joins the log lines. The evaluation loss stays the plain task loss.
 
+    bfloat16 logits (`NMSparseConfig(logits_dtype="bfloat16")`) are trained by `MaskAdamW` in place of the AdamW that
+    `args.optim` names by default; any other `optim`, `optimizers` and `optimizer_cls_and_kwargs` are taken as given.
+
     Args:
         mask_learning_rate (`float`, *optional*): learning rate of the logits; `args.learning_rate` by default.
         mask_weight_decay (`float`): weight decay of the logits.
+        mask_optimizer_states (`str`, *optional*): `"8bit"` holds the optimizer's states of the logits in 2 bytes a logit
+            instead of 8, `"float32"` does not; either asks for `MaskAdamW`, whatever the dtype of the logits.
         distillation (`Distillation`, *optional*): follow the dense base too; `None` trains on the task loss alone.
         kwargs: as for `transformers.Trainer`.
 
     Raises:
-        ConfigError: if `distillation` is wanted under `nn.DataParallel`.
+        ConfigError: if `distillation` is wanted under `nn.DataParallel`; or `mask_optimizer_states` beside an optimizer.
     """
 
     def __init__(
@@ -49,12 +56,19 @@ class NMSparseTrainer(Trainer):
         *args: Any,
         mask_learning_rate: float | None = None,
         mask_weight_decay: float = 0.0,
+        mask_optimizer_states: Literal["float32", "8bit"] | None = None,
         distillation: Distillation | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.mask_learning_rate = mask_learning_rate
         self.mask_weight_decay = mask_weight_decay
+        self.mask_optimizer_states = mask_optimizer_states
+        if mask_optimizer_states is not None and not self._chooses_optimizer():
+            raise ConfigError(
+                f"mask_optimizer_states={mask_optimizer_states!r} is for MaskAdamW, but another optimizer is asked for "
+                f"(optim={str(self.args.optim)!r}, or optimizers, or optimizer_cls_and_kwargs); leave one of them out"
+            )
         self.distillation = distillation
         if distillation is not None and self.args.n_gpu > 1:
             raise ConfigError(
@@ -78,19 +92,36 @@ class NMSparseTrainer(Trainer):
         """Create the optimizer and move the logits, and nothing else, into a group of their own."""
         if self.optimizer is not None:
             return self.optimizer
+        named = (model or self.model).named_parameters()
+        logits = {id(p): p for name, p in named if ".nmsparse_logits." in name and p.requires_grad}
+        low = any(parameter.dtype == torch.bfloat16 for parameter in logits.values())
+        if (low or self.mask_optimizer_states is not None) and self._chooses_optimizer():
+            self.optimizer_cls_and_kwargs = MaskAdamW, self._adamw_options()
         optimizer = super().create_optimizer(model)
-        logits = {
-            id(parameter)
-            for name, parameter in (model or self.model).named_parameters()
-            if ".nmsparse_logits." in name and parameter.requires_grad
-        }
         moved = [p for group in optimizer.param_groups for p in group["params"] if id(p) in logits]
         for group in optimizer.param_groups:
             group["params"] = [p for p in group["params"] if id(p) not in logits]
         if moved:
             learning_rate = self.args.learning_rate if self.mask_learning_rate is None else self.mask_learning_rate
-            optimizer.add_param_group({"params": moved, "lr": learning_rate, "weight_decay": self.mask_weight_decay})
+            group = {"params": moved, "lr": learning_rate, "weight_decay": self.mask_weight_decay}
+            if isinstance(optimizer, MaskAdamW) and self.mask_optimizer_states is not None:
+                group["states"] = self.mask_optimizer_states
+            optimizer.add_param_group(group)
         return optimizer
+
+    def _chooses_optimizer(self) -> bool:
+        """Whether the user has left AdamW to the Trainer, so that ours may be it."""
+        given = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
+        return not given and self.args.optim in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)
+
+    def _adamw_options(self) -> dict[str, Any]:
+        args = self.args
+        return {
+            "lr": args.learning_rate,
+            "betas": (args.adam_beta1, args.adam_beta2),
+            "eps": args.adam_epsilon,
+            "seed": args.seed,
+        }
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         """Create the scheduler, and warn if the run is too short to change any mask."""

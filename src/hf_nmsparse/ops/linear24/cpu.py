@@ -12,6 +12,7 @@ from ..eager import is_plain_eager
 from ..native_build import native_library
 from .call import FORWARD, INPUT_GRADIENT, Call24
 from .dispatch import Kernel24
+from .unpacked import dense_weight
 from .weight import VALUE_KINDS, Weight24
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -93,9 +94,9 @@ def unpack_on_cpu(weight: Weight24) -> torch.Tensor:
 
 @torch.no_grad()
 def unpack_weight(weight: Weight24) -> torch.Tensor:
-    """`weight.dense()` without gradients, in C++ where that can be had."""
+    """`weight.dense()` without gradients, by a kernel where one can be had."""
     in_reach = weight.device.type == "cpu" and weight.dtype in _TYPES and is_plain_eager(*weight.tensors)
-    return unpack_on_cpu(weight) if in_reach and native_library() is not None else weight.dense()
+    return unpack_on_cpu(weight) if in_reach and native_library() is not None else dense_weight(weight)
 
 
 def _linear_unpacked(x: torch.Tensor, weight: Weight24, bias: torch.Tensor | None) -> torch.Tensor:

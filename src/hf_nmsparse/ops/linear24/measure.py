@@ -20,9 +20,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from ...codec import pack_24, quantize_values
-from ...pattern import NMPattern
-from ..reference import top_n_mask
+from ...codec import quantize_values
+from ..packing import prune_24
 from .call import FORWARD, Call24
 from .dispatch import Kernel24, forget_choices, kernels_for
 from .tables import DENSE, forget_tables, machine_of, row_key, write_tuned
@@ -112,8 +111,7 @@ class Copies:
         generator = torch.Generator(call.device).manual_seed(0)
         shape = (call.out_features, call.in_features)
         dense = torch.randn(shape, generator=generator, device=call.device).to(call.dtype)
-        mask = top_n_mask(dense.float().abs(), NMPattern(2, 4))
-        values, ids = pack_24(dense, mask)
+        values, ids, _ = prune_24(dense)
         scale = None
         if call.kind != "dense":
             values, scale = quantize_values(values, call.kind)

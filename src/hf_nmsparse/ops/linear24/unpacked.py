@@ -11,12 +11,21 @@ from .dispatch import Kernel24
 from .weight import Weight24
 
 
+def dense_weight(weight: Weight24) -> torch.Tensor:
+    """`weight.dense()`, by a kernel where a GPU has one."""
+    if weight.device.type != "cuda" or weight.kind != "dense":
+        return weight.dense()
+    from ..packing import unpack_24  # which needs this room
+
+    return unpack_24(weight.values, weight.ids)
+
+
 def _forward(x: torch.Tensor, weight: Weight24, bias: torch.Tensor | None) -> torch.Tensor:
-    return F.linear(x, weight.dense().to(x.dtype), bias)
+    return F.linear(x, dense_weight(weight).to(x.dtype), bias)
 
 
 def _input_gradient(grad: torch.Tensor, weight: Weight24, bias: None = None) -> torch.Tensor:
-    return grad @ weight.dense().to(grad.dtype)
+    return grad @ dense_weight(weight).to(grad.dtype)
 
 
 NAME = "unpacked each call"
