@@ -32,7 +32,8 @@ class NMSparseConfig(PeftConfig):
         temperature (`tuple[float, float]`): Gumbel-softmax temperature at the start and the end of training.
         logit_scale (`tuple[float, float]`): factor on the logits (kappa) at the start and the end.
         magnitude_regularization (`float`): lambda of the term that rewards keeping large weights; decays to 0.
-        resample (`str`): `"micro"`, a fresh mask each micro-step, or `"step"`, one mask per optimizer step.
+        resample (`str`): `"micro"`, a fresh mask each micro-step, or `"step"`, one mask per optimizer step, sampled once and
+            shared by its micro-batches and recomputed blocks; that holds the bytes of the masked weights until the step.
         seed (`int`): seed of the mask noise.
         logits_dtype (`str`): `"float32"`, or `"bfloat16"`, which halves logits and their gradients and needs an optimizer
             that rounds stochastically, as `nms.MaskAdamW` does; stored in the checkpoint as they are.
