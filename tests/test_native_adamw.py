@@ -7,6 +7,7 @@ from unittest import mock
 import pytest
 import torch
 
+from hf_nmsparse.errors import ConfigError
 from hf_nmsparse.ops import machine, native_adamw, native_build
 from hf_nmsparse.training import MaskAdamW
 
@@ -87,3 +88,33 @@ def test_no_numbers_stay_no_numbers_and_alone():
         parameter.grad[1, 7] = float("nan")
         MaskAdamW([parameter], lr=0.1).step()
         assert parameter.isnan().nonzero().tolist() == [[1, 7]]
+
+
+def test_a_step_is_seen_by_who_watches_versions():
+    parameter = torch.nn.Parameter(torch.ones(3, 256))
+    parameter.grad = torch.ones_like(parameter)
+    before = parameter._version
+    MaskAdamW([parameter]).step()
+    assert parameter._version > before
+
+
+def test_states_of_other_parameters_options_or_optimizers_are_refused():
+    def stepped(size, cls=MaskAdamW, **options):
+        parameter = torch.nn.Parameter(torch.ones(size))
+        parameter.grad = torch.ones_like(parameter)
+        optimizer = cls([parameter], **options)
+        optimizer.step()
+        return optimizer
+
+    target = stepped(1000)
+    before = target.state_dict()["state"][0]["mean"].clone()
+    for saved, message in (
+        (stepped(100), "parameter 0 do not fit"),
+        (stepped(1000, states="8bit"), "states='8bit', this one states='float32'"),
+        (stepped(1000, torch.optim.AdamW), "not a MaskAdamW"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            target.load_state_dict(saved.state_dict())
+    assert torch.equal(target.state_dict()["state"][0]["mean"], before)
+    with pytest.raises(ConfigError, match="betas must be"):
+        MaskAdamW([torch.nn.Parameter(torch.ones(3))], betas=(0.9, 1.0))

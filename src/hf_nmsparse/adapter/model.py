@@ -78,9 +78,10 @@ class NMSparseModel(BaseTuner):
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """As in PEFT, which makes everything in low precision float32; but logits keep the dtype of their config."""
-        for layer in mask_layers(self.model, adapter_name).values():
-            cast_adapter_dtype(layer, adapter_name, autocast_adapter_dtype)
-            if adapter_name in layer.nmsparse_logits:  # layer by layer: never all of them in float32
+        for layer in self.model.modules():  # one by one: never all logits in float32
+            if isinstance(layer, BaseTunerLayer):
+                cast_adapter_dtype(layer, adapter_name, autocast_adapter_dtype)
+            if isinstance(layer, NMSparseLayer) and adapter_name in layer.nmsparse_logits:
                 layer.nmsparse_logits[adapter_name].to(getattr(torch, layer.configs[adapter_name].logits_dtype))
 
     # --- merging ----------------------------------------------------------------------------------------------------

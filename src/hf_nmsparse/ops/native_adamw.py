@@ -32,14 +32,17 @@ class _AdamW(ctypes.Structure):
     )
 
 
-def takes(values: torch.Tensor, grad: torch.Tensor) -> bool:
-    """Whether the C++ kernel updates these."""
+def takes(values: torch.Tensor, grad: torch.Tensor, state: dict[str, Any]) -> bool:
+    """Whether the C++ kernel updates these; `state` is that of `MaskAdamW`."""
+    tensors = [value for value in state.values() if isinstance(value, torch.Tensor)]
     return (
         values.device.type == "cpu"
         and values.dtype in _TYPES
         and grad.dtype == values.dtype
         and values.is_contiguous()
         and values.numel() > 0
+        and grad.layout == torch.strided
+        and all(tensor.device == values.device and tensor.is_contiguous() for tensor in tensors)
         and is_plain_eager(values, grad)
         and native_library() is not None
     )
@@ -75,3 +78,4 @@ def update(
         threads=torch.get_num_threads(),
     )
     native_library().nmsparse_adamw(ctypes.byref(adamw))
+    torch.autograd.graph.increment_version(values)  # written to behind the back of autograd

@@ -53,6 +53,11 @@ class MaskAdamW(torch.optim.Optimizer):
         states: Literal["float32", "8bit"] = "float32",
         seed: int = 0,
     ) -> None:
+        if lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
+            raise ConfigError(
+                f"MaskAdamW(lr={lr}, betas={betas}, eps={eps}, weight_decay={weight_decay}): betas must be in [0, 1), the "
+                "others at least 0"
+            )
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "states": states, "seed": seed}
         super().__init__(params, defaults)
 
@@ -70,7 +75,12 @@ class MaskAdamW(torch.optim.Optimizer):
                 )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the states and options of `state_dict()`."""
+        """Take over the states and options of `state_dict()`.
+
+        Raises:
+            ConfigError: if they are those of another optimizer, of other states or of other parameters; nothing is changed.
+        """
+        self._check_loaded(state_dict)
         # torch would cast all states to the dtype of their parameter, codes too.
         super().load_state_dict({**state_dict, "state": {}})
         saved = itertools.chain.from_iterable(group["params"] for group in state_dict["param_groups"])
@@ -80,6 +90,30 @@ class MaskAdamW(torch.optim.Optimizer):
                     name: value.to(parameter.device, copy=True) if isinstance(value, torch.Tensor) else value
                     for name, value in state_dict["state"][number].items()
                 }
+
+    def _check_loaded(self, state_dict: dict[str, Any]) -> None:
+        """Kernels trust the shapes of states."""
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            if "states" not in saved or "seed" not in saved:
+                raise ConfigError(
+                    "the saved optimizer is not a MaskAdamW; resume with the optimizer the run began with, or leave the "
+                    "optimizer's file (optimizer.pt) out to begin with fresh states"
+                )
+            if saved["states"] != group["states"]:
+                raise ConfigError(
+                    f"the saved MaskAdamW has states={saved['states']!r}, this one states={group['states']!r}; resume with "
+                    "the option the run began with"
+                )
+            for parameter, number in zip(group["params"], saved["params"], strict=False):
+                if number not in state_dict["state"]:
+                    continue
+                wanted = {"step": None} | _state_shapes(parameter, group["states"])
+                found = {name: _shape_of(value) for name, value in state_dict["state"][number].items()}
+                if found != wanted:
+                    raise ConfigError(
+                        f"the saved states of parameter {number} do not fit one of shape {list(parameter.shape)}: expected "
+                        f"{wanted}, got {found}; load the states of the same model and config"
+                    )
 
     def _parameters(self) -> Iterator[torch.nn.Parameter]:
         return itertools.chain.from_iterable(group["params"] for group in self.param_groups)
@@ -102,7 +136,7 @@ class MaskAdamW(torch.optim.Optimizer):
         if not state:
             state.update(_fresh_state(parameter, group["states"]))
         state["step"] += 1
-        if native_adamw.takes(parameter, parameter.grad):
+        if native_adamw.takes(parameter, parameter.grad, state):
             options = {name: group[name] for name in ("betas", "eps", "weight_decay")}
             native_adamw.update(parameter, parameter.grad, state, lr=float(group["lr"]), key=key, **options)
             return
@@ -121,15 +155,25 @@ def rounds_stochastically(optimizer: torch.optim.Optimizer | None) -> bool:
     return isinstance(optimizer, MaskAdamW) or getattr(optimizer, "bf16_stochastic_round", False)  # torchao's name
 
 
-def _fresh_state(parameter: torch.Tensor, states: str) -> dict[str, Any]:
-    """Both states in blocks, the last one padded with zeros."""
+def _state_shapes(parameter: torch.Tensor, states: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of both states in blocks, the last one padded."""
     blocks, small = -(-parameter.numel() // BLOCK), states == "8bit"
-    state: dict[str, Any] = {"step": 0}
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for name, code in (("mean", torch.int8), ("root", torch.uint8)):
-        state[name] = torch.zeros(blocks, BLOCK, dtype=code if small else torch.float32, device=parameter.device)
+        shapes[name] = (blocks, BLOCK), code if small else torch.float32
         if small:
-            state[f"{name}_scale"] = torch.zeros(blocks, dtype=torch.float32, device=parameter.device)
-    return state
+            shapes[f"{name}_scale"] = (blocks,), torch.float32
+    return shapes
+
+
+def _shape_of(value: object) -> tuple[tuple[int, ...], torch.dtype] | None:
+    return (tuple(value.shape), value.dtype) if isinstance(value, torch.Tensor) else None
+
+
+def _fresh_state(parameter: torch.Tensor, states: str) -> dict[str, Any]:
+    shapes = _state_shapes(parameter, states).items()
+    zeros = {name: torch.zeros(shape, dtype=dtype, device=parameter.device) for name, (shape, dtype) in shapes}
+    return {"step": 0, **zeros}
 
 
 def _update_slice(

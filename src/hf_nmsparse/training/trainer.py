@@ -22,7 +22,7 @@ from .distillation import (
     predicts_next_token,
     teacher_logits,
 )
-from .optimizers import MaskAdamW
+from .optimizers import STATES, MaskAdamW
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +64,8 @@ class NMSparseTrainer(Trainer):
         self.mask_learning_rate = mask_learning_rate
         self.mask_weight_decay = mask_weight_decay
         self.mask_optimizer_states = mask_optimizer_states
+        if mask_optimizer_states not in (None, *STATES):
+            raise ConfigError(f"mask_optimizer_states={mask_optimizer_states!r}: choose one of {STATES}, or None")
         if mask_optimizer_states is not None and not self._chooses_optimizer():
             raise ConfigError(
                 f"mask_optimizer_states={mask_optimizer_states!r} is for MaskAdamW, but another optimizer is asked for "
