@@ -9,34 +9,22 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_checks.native_builds import BUILDS, WITHOUT_TILES, put_in_place, run_beside_forbidden_pages
 
 import hf_nmsparse as nms
 from hf_nmsparse import NMPattern, ops
 from hf_nmsparse.ops import machine, native_build
 from hf_nmsparse.ops.linear24 import cpu
 
-BUILDS = {
-    "native": ("-march=native",),
-    "without tiles": ("-march=native", "-mno-amx-tile"),
-    "avx2": ("-march=haswell",),
-    "plain": ("-march=x86-64",),
-}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Rounding of the output, and of the weight where it is dequantised to bfloat16 on its way into the tiles.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
-@pytest.fixture(params=BUILDS)
+@pytest.fixture(params=[*BUILDS, *WITHOUT_TILES])
 def build(request, monkeypatch):
     """The kernels compiled for one instruction set take the place of those of this machine."""
-    flags = BUILDS[request.param]
-    if request.param == "avx2" and "avx2" not in machine.processor_flags():
-        pytest.skip("this processor has no AVX2")
-    try:
-        library = native_build.load(native_build.build(*flags))
-    except (OSError, subprocess.SubprocessError):
-        pytest.skip(f"no compiler for {flags}")
-    monkeypatch.setattr(cpu, "native_library", lambda: library)
+    put_in_place(request.param, monkeypatch, cpu)
     return request.param
 
 
@@ -160,25 +148,13 @@ def test_inputs_that_are_not_finite_show_in_the_output(build, tokens, kind, bad)
 
 
 GUARDED = """
-import ctypes, mmap, sys
+import sys
 from pathlib import Path
 import torch
+from kernel_checks.native_builds import at_the_edge
 from hf_nmsparse import ops
 from hf_nmsparse.ops import native_build
 from hf_nmsparse.ops.linear24 import cpu
-
-libc, PAGE, maps = ctypes.CDLL(None), mmap.PAGESIZE, []
-
-def at_the_edge(tensor):
-    # A copy that ends where a page begins that nothing may read or write.
-    size = tensor.numel() * tensor.element_size()
-    pages = -(-size // PAGE) + 1
-    area = mmap.mmap(-1, pages * PAGE)
-    maps.append(area)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(area))
-    assert libc.mprotect(ctypes.c_void_p(address + (pages - 1) * PAGE), PAGE, 0) == 0
-    copy = torch.frombuffer(area, dtype=tensor.dtype, count=tensor.numel(), offset=(pages - 1) * PAGE - size)
-    return copy.view(tensor.shape).copy_(tensor)
 
 def calls(library, dtype, kind, out, inp):
     values = torch.randn(out, inp // 2).to(dtype)
@@ -198,29 +174,20 @@ def calls(library, dtype, kind, out, inp):
         assert torch.isfinite(y).all()
 
 torch.manual_seed(0)
-for path in sys.argv[1:]:
-    library = native_build.load(Path(path))
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for kind in ("dense", "int8", "int4"):
-            for out, inp in ((1, 8), (3, 72), (17, 136), (5, 1032)):
-                calls(library, dtype, kind, out, inp)
-    print("survived", flush=True)
+library = native_build.load(Path(sys.argv[1]))
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for kind in ("dense", "int8", "int4"):
+        for out, inp in ((1, 8), (3, 72), (17, 136), (5, 1032)):
+            calls(library, dtype, kind, out, inp)
+print("survived", flush=True)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="protects pages with mprotect")
-def test_damaged_ids_and_odd_sizes_never_reach_beyond_a_tensor():
-    libraries = []
-    for name, flags in BUILDS.items():
-        if name != "avx2" or "avx2" in machine.processor_flags():
-            try:
-                libraries.append(str(native_build.build(*flags)))
-            except (OSError, subprocess.SubprocessError):
-                continue
-    if not libraries:
-        pytest.skip("no compiler")
-    finished = subprocess.run([sys.executable, "-c", GUARDED, *libraries], capture_output=True, text=True, check=False)
-    assert finished.stdout.count("survived") == len(libraries), finished.stderr[-2000:]
+@pytest.mark.parametrize("name", [*BUILDS, *WITHOUT_TILES])
+def test_damaged_ids_and_odd_sizes_never_reach_beyond_a_tensor(name):
+    finished = run_beside_forbidden_pages(GUARDED, name)
+    assert "survived" in finished.stdout, finished.stderr[-2000:]
 
 
 def test_without_a_compiler_layers_are_unpacked_and_one_line_says_so(monkeypatch, tmp_path, caplog):

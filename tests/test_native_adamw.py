@@ -1,29 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """A step of `MaskAdamW` in C++: against the plain torch one, which rounds with the same random bits."""
 
-import subprocess
 from unittest import mock
 
 import pytest
 import torch
+from kernel_checks.native_builds import BUILDS, put_in_place
 
 from hf_nmsparse.errors import ConfigError
-from hf_nmsparse.ops import machine, native_adamw, native_build
+from hf_nmsparse.ops import native_adamw, native_build
 from hf_nmsparse.training import MaskAdamW
-
-BUILDS = {"native": "-march=native", "avx2": "-march=haswell", "plain": "-march=x86-64"}
 
 
 @pytest.fixture(params=BUILDS)
 def build(request, monkeypatch):
     """The kernel compiled for one instruction set takes the place of that of this machine."""
-    if request.param == "avx2" and "avx2" not in machine.processor_flags():
-        pytest.skip("this processor has no AVX2")
-    try:
-        library = native_build.load(native_build.build(BUILDS[request.param]))
-    except (OSError, subprocess.SubprocessError):
-        pytest.skip("no compiler")
-    monkeypatch.setattr(native_adamw, "native_library", lambda: library)
+    put_in_place(request.param, monkeypatch, native_adamw)
 
 
 def trained(dtype, states, shape, native, steps=5):

@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The masked weight in C++: against the plain torch code in float64, which draws the same uniforms."""
 
-import subprocess
-
 import pytest
 import torch
+from kernel_checks.native_builds import BUILDS, put_in_place
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_nmsparse import NMPattern, ops
-from hf_nmsparse.ops import NoiseKey, SamplingState, machine, native_build, native_masks
+from hf_nmsparse.ops import NoiseKey, SamplingState, native_build, native_masks
 
-BUILDS = {"native": "-march=native", "avx2": "-march=haswell", "plain": "-march=x86-64"}
 KEY = NoiseKey(0xFFFFFFFF, 0x80000001)
 GENTLE, SHARP = (100.0, 4.0), (500.0, 0.05)  # logit scale and temperature, at the start and the end of a training
 TOLERANCE = {GENTLE: 1e-6, SHARP: 5e-5}
@@ -19,13 +17,7 @@ TOLERANCE = {GENTLE: 1e-6, SHARP: 5e-5}
 @pytest.fixture(params=BUILDS)
 def build(request, monkeypatch):
     """The kernels compiled for one instruction set take the place of those of this machine."""
-    if request.param == "avx2" and "avx2" not in machine.processor_flags():
-        pytest.skip("this processor has no AVX2")
-    try:
-        library = native_build.load(native_build.build(BUILDS[request.param]))
-    except (OSError, subprocess.SubprocessError):
-        pytest.skip("no compiler")
-    monkeypatch.setattr(native_masks, "native_library", lambda: library)
+    put_in_place(request.param, monkeypatch, native_masks)
 
 
 @pytest.fixture

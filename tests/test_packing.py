@@ -1,20 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pruning and packing: the C++ kernels, each instruction set of them, against the reference, bit for bit."""
 
-import subprocess
 import sys
 
 import pytest
 import torch
+from kernel_checks.native_builds import BUILDS, put_in_place, run_beside_forbidden_pages
 from kernel_checks.packing_cases import DTYPES, bits_of, equal_bits, hard_numbers, pruned_bits
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_nmsparse import NMPattern, codec, ops
 from hf_nmsparse.errors import FormatError, PatternError
-from hf_nmsparse.ops import machine, native_build, native_packing, packing, reference
+from hf_nmsparse.ops import native_build, native_packing, packing, reference
 from hf_nmsparse.ops.linear24 import cpu
 
-BUILDS = {"native": "-march=native", "avx2": "-march=haswell", "plain": "-march=x86-64"}
 PATTERNS = ["1:2", "2:3", "1:4", "2:4", "3:4", "3:5", "4:8", "7:13", "1:16", "8:16", "15:16"]
 SHAPES = [(1, 1), (3, 3), (2, 403), (5, 1040), (70, 1000)]  # less than a group, tails, several blocks, several threads
 
@@ -22,14 +21,7 @@ SHAPES = [(1, 1), (3, 3), (2, 403), (5, 1040), (70, 1000)]  # less than a group,
 @pytest.fixture(params=BUILDS)
 def build(request, monkeypatch):
     """The kernels compiled for one instruction set take the place of those of this machine."""
-    if request.param == "avx2" and "avx2" not in machine.processor_flags():
-        pytest.skip("this processor has no AVX2")
-    try:
-        library = native_build.load(native_build.build(BUILDS[request.param]))
-    except (OSError, subprocess.SubprocessError):
-        pytest.skip("no compiler")
-    for module in (native_packing, cpu):
-        monkeypatch.setattr(module, "native_library", lambda: library)
+    put_in_place(request.param, monkeypatch, native_packing, cpu)
 
 
 @pytest.fixture
@@ -221,24 +213,12 @@ def test_without_a_compiler_torch_computes_the_same(torch_alone):
 
 # --- memory -----------------------------------------------------------------------------------------------------------
 GUARDED = """
-import ctypes, mmap, sys
+import sys
 from pathlib import Path
 import torch
+from kernel_checks.native_builds import at_the_edge
 from hf_nmsparse import NMPattern
 from hf_nmsparse.ops import native_build, native_packing
-
-libc, PAGE, maps = ctypes.CDLL(None), mmap.PAGESIZE, []
-
-def at_the_edge(tensor):
-    # A copy that ends where a page begins that nothing may read or write.
-    size = tensor.numel() * tensor.element_size()
-    pages = -(-size // PAGE) + 1
-    area = mmap.mmap(-1, pages * PAGE)
-    maps.append(area)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(area))
-    assert libc.mprotect(ctypes.c_void_p(address + (pages - 1) * PAGE), PAGE, 0) == 0
-    copy = torch.frombuffer(area, dtype=tensor.dtype, count=tensor.numel(), offset=(pages - 1) * PAGE - size)
-    return copy.view(tensor.shape).copy_(tensor)
 
 def byte(*shape):
     return at_the_edge(torch.randint(0, 256, shape, dtype=torch.uint8))
@@ -261,27 +241,18 @@ def calls(dtype, pattern, rows, columns):
         run(scores=scores, weight=scores, small_codes=byte(rows, columns // 4), magnitudes=True, **made)
 
 torch.manual_seed(0)
-for path in sys.argv[1:]:
-    library = native_build.load(Path(path))
-    native_packing.native_library = lambda: library
-    for dtype in (torch.float32, torch.bfloat16):
-        for pattern in ("1:2", "2:4", "3:5", "4:8", "2:8", "8:16"):
-            for rows, columns in ((1, 1), (3, 72), (2, 67), (5, 1032)):
-                calls(dtype, NMPattern(pattern), rows, columns)
-    print("survived", flush=True)
+library = native_build.load(Path(sys.argv[1]))
+native_packing.native_library = lambda: library
+for dtype in (torch.float32, torch.bfloat16):
+    for pattern in ("1:2", "2:4", "3:5", "4:8", "2:8", "8:16"):
+        for rows, columns in ((1, 1), (3, 72), (2, 67), (5, 1032)):
+            calls(dtype, NMPattern(pattern), rows, columns)
+print("survived", flush=True)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="protects pages with mprotect")
-def test_damaged_numbers_and_odd_sizes_never_reach_beyond_a_tensor():
-    libraries = []
-    for name, flags in BUILDS.items():
-        if name != "avx2" or "avx2" in machine.processor_flags():
-            try:
-                libraries.append(str(native_build.build(flags)))
-            except (OSError, subprocess.SubprocessError):
-                continue
-    if not libraries:
-        pytest.skip("no compiler")
-    finished = subprocess.run([sys.executable, "-c", GUARDED, *libraries], capture_output=True, text=True, check=False)
-    assert finished.stdout.count("survived") == len(libraries), finished.stderr[-2000:]
+@pytest.mark.parametrize("name", BUILDS)
+def test_damaged_numbers_and_odd_sizes_never_reach_beyond_a_tensor(name):
+    finished = run_beside_forbidden_pages(GUARDED, name)
+    assert "survived" in finished.stdout, finished.stderr[-2000:]
