@@ -82,6 +82,20 @@ def test_no_numbers_stay_no_numbers_and_alone():
         assert parameter.isnan().nonzero().tolist() == [[1, 7]]
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_a_gradient_that_is_no_number_shows_in_states_of_one_byte(native):
+    if native_build.native_library() is None:
+        pytest.skip("no compiler")
+    parameter = torch.nn.Parameter(torch.ones(3, 256))
+    parameter.grad = torch.ones_like(parameter)
+    parameter.grad[1, 7] = float("nan")
+    optimizer = MaskAdamW([parameter], states="8bit")
+    with mock.patch.object(native_adamw, "takes", native_adamw.takes if native else lambda *given: False):
+        optimizer.step()
+    for name in ("mean_scale", "root_scale"):
+        assert optimizer.state[parameter][name].isnan().tolist() == [False, True, False]
+
+
 def test_a_step_is_seen_by_who_watches_versions():
     parameter = torch.nn.Parameter(torch.ones(3, 256))
     parameter.grad = torch.ones_like(parameter)

@@ -34,15 +34,15 @@ _POINTER, _INTEGER, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 def native_library() -> ctypes.CDLL | None:
     """The kernels, or `None` where they cannot be had, with one logged line that says why."""
     if os.environ.get("NMSPARSE_NATIVE") == "0":
-        logger.warning("NMSPARSE_NATIVE=0: packed layers on the CPU are unpacked for each call")
+        logger.warning("NMSPARSE_NATIVE=0: masks, optimizer, pruning and packed layers on the CPU run in plain torch")
         return None
     try:
         return load(build("-march=native"))
     except (OSError, subprocess.SubprocessError) as error:
         detail = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         logger.warning(
-            "no compiled CPU kernels (%s): packed layers on the CPU are unpacked for each call. A C++ compiler (g++ or "
-            "clang++) in PATH, or named by CXX, makes them fast",
+            "no compiled CPU kernels (%s): masks, optimizer, pruning and packed layers on the CPU run in plain torch, several "
+            "times slower. A C++ compiler (g++ or clang++) in PATH, or named by CXX, is all they need",
             detail[-1] if detail else type(error).__name__,
         )
         return None

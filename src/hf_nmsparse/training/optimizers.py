@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -128,10 +130,33 @@ class MaskAdamW(torch.optim.Optimizer):
         places = ((group, parameter) for group in self.param_groups for parameter in group["params"])
         for number, (group, parameter) in enumerate(places):
             if parameter.grad is not None:
-                self._update(parameter, group, NoiseKey.for_layer(group["seed"], f"rounding of {number}"))
+                self._update(parameter, group, number)
         return loss
 
-    def _update(self, parameter: torch.nn.Parameter, group: dict[str, Any], key: NoiseKey) -> None:
+    @contextlib.contextmanager
+    def step_in_backward(self) -> Iterator[None]:
+        """In a backward pass within the context, update each parameter as soon as its gradient is there; then free that.
+
+        So no more than one gradient is held at a time. The updates are those of a backward pass and `step`, which finds
+        nothing left to do. It is for steps of one backward pass each: not for gradient accumulation, clipping by the norm
+        of all gradients, loss scaling, nor gradients in which other processes have a share.
+        """
+
+        def update(which: int, number: int, parameter: torch.nn.Parameter) -> None:
+            with torch.no_grad():
+                self._update(parameter, self.param_groups[which], number)
+            parameter.grad = None
+
+        places = [(which, p) for which, group in enumerate(self.param_groups) for p in group["params"]]
+        with contextlib.ExitStack() as stack:
+            for number, (which, parameter) in enumerate(places):
+                if parameter.requires_grad:
+                    handle = parameter.register_post_accumulate_grad_hook(partial(update, which, number))
+                    stack.callback(handle.remove)
+            yield
+
+    def _update(self, parameter: torch.nn.Parameter, group: dict[str, Any], number: int) -> None:
+        key = NoiseKey.for_layer(group["seed"], f"rounding of {number}")
         state = self.state[parameter]
         if not state:
             state.update(_fresh_state(parameter, group["states"]))

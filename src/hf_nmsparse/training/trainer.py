@@ -44,11 +44,14 @@ class NMSparseTrainer(Trainer):
         mask_weight_decay (`float`): weight decay of the logits.
         mask_optimizer_states (`str`, *optional*): `"8bit"` holds the optimizer's states of the logits in 2 bytes a logit
             instead of 8, `"float32"` does not; either asks for `MaskAdamW`, whatever the dtype of the logits.
+        optimizer_in_backward (`bool`): `MaskAdamW` updates each tensor in the backward pass and frees its gradient, so no
+            gradients are held. For one process that accumulates and clips nothing.
         distillation (`Distillation`, *optional*): follow the dense base too; `None` trains on the task loss alone.
         kwargs: as for `transformers.Trainer`.
 
     Raises:
-        ConfigError: if `distillation` is wanted under `nn.DataParallel`; or `mask_optimizer_states` beside an optimizer.
+        ConfigError: if `distillation` is wanted under `nn.DataParallel`; `mask_optimizer_states` or
+            `optimizer_in_backward` beside another optimizer; or the latter with what it cannot do.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class NMSparseTrainer(Trainer):
         mask_learning_rate: float | None = None,
         mask_weight_decay: float = 0.0,
         mask_optimizer_states: Literal["float32", "8bit"] | None = None,
+        optimizer_in_backward: bool = False,
         distillation: Distillation | None = None,
         **kwargs: Any,
     ) -> None:
@@ -71,6 +75,9 @@ class NMSparseTrainer(Trainer):
                 f"mask_optimizer_states={mask_optimizer_states!r} is for MaskAdamW, but another optimizer is asked for "
                 f"(optim={str(self.args.optim)!r}, or optimizers, or optimizer_cls_and_kwargs); leave one of them out"
             )
+        self.optimizer_in_backward = optimizer_in_backward
+        if optimizer_in_backward:
+            self._check_in_backward()
         self.distillation = distillation
         if distillation is not None and self.args.n_gpu > 1:
             raise ConfigError(
@@ -97,7 +104,8 @@ class NMSparseTrainer(Trainer):
         named = (model or self.model).named_parameters()
         logits = {id(p): p for name, p in named if ".nmsparse_logits." in name and p.requires_grad}
         low = any(parameter.dtype == torch.bfloat16 for parameter in logits.values())
-        if (low or self.mask_optimizer_states is not None) and self._chooses_optimizer():
+        ours = low or self.mask_optimizer_states is not None or self.optimizer_in_backward
+        if ours and self._chooses_optimizer():
             self.optimizer_cls_and_kwargs = MaskAdamW, self._adamw_options()
         optimizer = super().create_optimizer(model)
         moved = [p for group in optimizer.param_groups for p in group["params"] if id(p) in logits]
@@ -110,6 +118,30 @@ class NMSparseTrainer(Trainer):
                 group["states"] = self.mask_optimizer_states
             optimizer.add_param_group(group)
         return optimizer
+
+    def _check_in_backward(self) -> None:
+        args = self.args
+        obstacles = {
+            f"max_grad_norm={args.max_grad_norm} needs all gradients at once; set it to 0": bool(args.max_grad_norm),
+            f"gradient_accumulation_steps={args.gradient_accumulation_steps} adds up gradients; set it to 1, and a larger "
+            "per_device_train_batch_size": args.gradient_accumulation_steps > 1,
+            "fp16 scales the loss; use bf16": args.fp16,
+            f"{max(args.world_size, args.n_gpu)} devices share gradients; use one": max(args.world_size, args.n_gpu)
+            > 1,
+            f"another optimizer is asked for (optim={str(args.optim)!r}, or optimizers, or optimizer_cls_and_kwargs)": (
+                not self._chooses_optimizer()
+            ),
+        }
+        if found := [obstacle for obstacle, there in obstacles.items() if there]:
+            raise ConfigError("optimizer_in_backward=True does not go together with: " + "; ".join(found))
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One forward and backward pass, with the optimizer's step in it where `optimizer_in_backward`."""
+        if not self.optimizer_in_backward:
+            return super().training_step(model, *args, **kwargs)
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # Accelerate wraps it
+        with optimizer.step_in_backward():
+            return super().training_step(model, *args, **kwargs)
 
     def _chooses_optimizer(self) -> bool:
         """Whether the user has left AdamW to the Trainer, so that ours may be it."""

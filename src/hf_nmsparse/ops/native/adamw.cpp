@@ -3,6 +3,7 @@
 // rounding is that of rounding.py.
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -11,13 +12,6 @@
 #endif
 
 namespace {
-
-using std::int32_t;
-using std::int64_t;
-using std::uint16_t;
-using std::uint32_t;
-using std::uint64_t;
-using std::uint8_t;
 
 #include "vectors.inc"
 
@@ -73,9 +67,13 @@ void decode(const void* codes, int64_t block, float scale, float lowest, Floats*
 template <typename Codes>
 void encode(const Floats* values, const uint16_t* bits, int shift, int64_t block, void* codes, float& scale) {
     Floats largest = {};
-    for (int v = 0; v < VECTORS; ++v) largest = larger(largest, magnitude(values[v]));
+    Ints broken = {};
+    for (int v = 0; v < VECTORS; ++v) {
+        largest = larger(largest, magnitude(values[v]));
+        broken |= values[v] != values[v];
+    }
     scale = SMALLEST_SCALE;
-    for (int l = 0; l < LANES; ++l) scale = std::max(scale, largest[l]);
+    for (int l = 0; l < LANES; ++l) scale = broken[l] ? NAN : std::max(scale, largest[l]);
     const float factor = highest<Codes> * highest<Codes> / scale;
     for (int v = 0; v < VECTORS; ++v) {
         Halves halves;

@@ -16,12 +16,6 @@
 
 namespace {
 
-using std::int32_t;
-using std::int64_t;
-using std::uint16_t;
-using std::uint32_t;
-using std::uint64_t;
-
 #include "vectors.inc"
 
 constexpr int MOST_CANDIDATES = 28;  // 2:8
@@ -370,7 +364,7 @@ INLINE void groups_at(const Masks& p, const typename Sampler::Pattern& pattern, 
 // The groups of a row from `first` to `end`.
 template <class Sampler>
 __attribute__((noinline)) void part_of_row(const Masks& given, int64_t row, int64_t first, int64_t end) {
-    const TinyIsZero guard;
+    [[maybe_unused]] const TinyIsZero guard;
     const Masks p = given;  // a copy that nothing can alias: its numbers stay in registers
     const typename Sampler::Pattern pattern(p);
     for (int64_t group = first; group < end; group += LANES)

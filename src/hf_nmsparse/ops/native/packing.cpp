@@ -31,7 +31,8 @@ using std::uint8_t;
 
 constexpr int LANES = 64;           // groups that are worked on together; even, as a byte of ids has two
 constexpr int MOST_POSITIONS = 16;  // m
-constexpr int64_t SMALL = 1 << 16;  // weights; below, waking other threads costs more than they bring
+// Weights; below, waking other threads costs more than they bring.
+[[maybe_unused]] constexpr int64_t SMALL = 1 << 16;
 
 #define EACH_LANE for (int l = 0; l < LANES; ++l)
 
