@@ -7,8 +7,8 @@
 Every variant takes forward pass, backward pass and optimizer step (AdamW, fused) on the same batch, bfloat16 weights, in turn,
 in an order that changes with each round. `dense` trains the 210 linear weights themselves, in bfloat16, no masks; `frozen`
 trains nothing and only passes gradients through. `eager` masks are computed by plain torch, the others by the kernels of this
-machine. `elementwise, bfloat16` has bfloat16 logits, states of one byte and stochastic rounding (`MaskAdamW`); `cheapest` has
-gradient checkpointing too. For all of them malloc keeps freed memory, as `nmsparse train` has it do.
+machine. `elementwise, bfloat16` has bfloat16 logits, states of one byte and stochastic rounding (`MaskAdamW`); `in backward`
+has it step in the backward pass too, and `cheapest` gradient checkpointing besides. For all of them malloc keeps freed memory, as `nmsparse train` has it do.
 
 `step_ratio` is the step's time over that of `dense`. `masks_gb_per_second` is what the mask kernels must read and write, over
 their time; `copy_gb_per_second` what copying a large tensor reads and writes. `peak_bytes_per_weight` is the most bytes of
@@ -21,8 +21,8 @@ import random
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from unittest import mock
 
@@ -44,6 +44,7 @@ VARIANTS = {
     "elementwise": {"relaxation": "elementwise"},
     "elementwise, eager": {"relaxation": "elementwise"},
     "elementwise, bfloat16": {"relaxation": "elementwise", "logits_dtype": "bfloat16"},
+    "elementwise, bfloat16, in backward": {"relaxation": "elementwise", "logits_dtype": "bfloat16"},
     "cheapest": {"relaxation": "elementwise", "logits_dtype": "bfloat16"},
 }
 COPIED = 1 << 27  # float32 values
@@ -56,13 +57,17 @@ class Step:
     model: nn.Module
     optimizer: torch.optim.Optimizer | None
     eager: bool
-    seconds: dict[str, list[float]]
+    in_backward: bool
+    seconds: dict[str, list[float]] = field(default_factory=dict)
     moved: int = 0  # bytes that the mask kernels had to read and write in the last step
     tokens: int = 0  # of a step
 
     def run(self, batch: torch.Tensor) -> None:
         begun, self.moved, self.tokens = time.perf_counter(), 0, batch.numel()
-        with torch_masks() if self.eager else mock.patch.object(native_masks, "_run", self._timed(native_masks._run)):
+        with (
+            torch_masks() if self.eager else mock.patch.object(native_masks, "_run", self._timed(native_masks._run)),
+            self.optimizer.step_in_backward() if self.in_backward else nullcontext(),
+        ):
             self.model(input_ids=batch, labels=batch).loss.backward()
         self.note("passes", begun)
         begun_optimizer = time.perf_counter()
@@ -151,12 +156,16 @@ def is_checkpointed(name: str) -> bool:
     return name == "cheapest"
 
 
+def is_in_backward(name: str) -> bool:
+    return name == "cheapest" or "in backward" in name
+
+
 def frozen(checkpointed: bool = False) -> Step:
     model = base().requires_grad_(False)
     model.enable_input_require_grads()
     if checkpointed:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return Step(model.train(), None, False, {})
+    return Step(model.train(), None, False, False)
 
 
 def dense() -> Step:
@@ -164,7 +173,7 @@ def dense() -> Step:
     weights = linear_weights(model)
     for weight in weights:
         weight.requires_grad_()
-    return Step(model, torch.optim.AdamW(weights, lr=1e-6, fused=True), False, {})
+    return Step(model, torch.optim.AdamW(weights, lr=1e-6, fused=True), False, False)
 
 
 def masked(name: str) -> Step:
@@ -178,7 +187,7 @@ def masked(name: str) -> Step:
     if is_checkpointed(name):
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return Step(model.train(), optimizer, "eager" in name, {})
+    return Step(model.train(), optimizer, "eager" in name, is_in_backward(name))
 
 
 def peak(build: Callable[[], Step], batch: torch.Tensor) -> int:
@@ -208,7 +217,9 @@ def describe(step: Step, dense: Step) -> dict[str, float]:
             value for state in step.optimizer.state.values() for value in state.values() if torch.is_tensor(value)
         ]
         trained = [parameter for group in step.optimizer.param_groups for parameter in group["params"]]
-        held = sum(tensor.nbytes for tensor in states) + 2 * sum(parameter.nbytes for parameter in trained)
+        gradients = [parameter.nbytes for parameter in trained]
+        held = sum(tensor.nbytes for tensor in states) + sum(parameter.nbytes for parameter in trained)
+        held += max(gradients) if step.in_backward else sum(gradients)
         weights = sum(weight.numel() for weight in linear_weights(dense.model))
         row["bytes_per_weight"] = round(held / weights, 2)  # what is trained, its gradient and the states of AdamW
     return row | medians
