@@ -139,6 +139,37 @@ def test_trained_mask_is_published_with_its_results(inputs, trained):
     assert checkpoint["logits_bytes"] == 4 * 6 * 18432 // 4
 
 
+def test_a_recipe_holds_options_and_typed_ones_come_first(inputs, tmp_path):
+    recipe = tmp_path / "cheap.yaml"
+    recipe.write_text(
+        f"data: {inputs}/train.txt\nrelaxation: elementwise\nlogits-dtype: bfloat16\nmask_optimizer_states: 8bit\n"
+        "optimizer-in-backward: true\nmax_grad_norm: 0\ntemperature: [1.0, 0.05]\nsequence_length: 32\nmax_steps: 7\n"
+        "learning_rate: 1e-2\ndisable_tqdm: true\nprior_strength: 2.0\nlr_scheduler_type: constant\neval_data:\n"
+    )
+    line = f"train {inputs}/base --recipe {recipe} --output {tmp_path}/out --max_steps 3 --prior-strength 1.5 --logging_steps 1"
+    found = facts(line)
+    assert found["steps"] == 3 and found["last_log"]["learning_rate"] == 0.01
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["relaxation"], config["logits_dtype"]) == ("elementwise", "bfloat16")
+    assert (config["temperature"], config["prior_strength"]) == ([1.0, 0.05], 1.5)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("- a\n", "expected lines 'option: value'"),
+        ("data: {a: 1}\n", "data must be a plain value"),
+        ("model: x\n", "name the model on the command line"),
+        ("data: 'x\n", "while scanning a quoted scalar"),
+        ("data: {inputs}/train.txt\nmax_stepps: 3\n", "--max_stepps"),
+    ],
+)
+def test_wrong_recipes(inputs, tmp_path, text, said):
+    (tmp_path / "recipe.yaml").write_text(text.replace("{inputs}", str(inputs)))
+    result = run(f"train {inputs}/base --recipe {tmp_path}/recipe.yaml --output {tmp_path}/out", code=2)
+    assert said in result.stderr and not (tmp_path / "out").exists()
+
+
 def test_merge_compress_eval_verify(there, trained):
     merged = facts(f"merge base --mask {trained} --output merged")
     assert (merged["kind"], len(merged["layers"])) == ("model", 14)

@@ -35,6 +35,7 @@ from .options import (
     listed,
 )
 from .plan import show_plan
+from .recipe import RecipeOption, remaining_options
 from .training_run import TrainingRun
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ _DEFAULTS = {"learning_rate": 1e-3, "logging_steps": 10, "save_steps": 100, "sav
 # Fields that a resumed run must share with its checkpoint; the others may follow a new machine or taste.
 _FIXED_FIELDS = (
     *("pattern", "relaxation", "prior_strength", "temperature", "logit_scale", "seed", "dense_layers"),
+    *("resample", "logits_dtype"),
     *("slorb_block", "slorb_init", "slorb_train_projection", "low_rank", "delta_rank"),
 )
 
@@ -76,6 +78,35 @@ TemperatureOption = Annotated[
 ]
 ScaleOption = Annotated[
     tuple[float, float], typer.Option("--logit-scale", metavar="START END", help="Factor on the logits.")
+]
+ResampleOption = Annotated[
+    str,
+    typer.Option(
+        "--resample",
+        metavar="WHEN",
+        help="How often masks are drawn: micro, for each micro-batch; or step, once a step.",
+    ),
+]
+LogitsDtypeOption = Annotated[
+    str,
+    typer.Option(
+        "--logits-dtype", metavar="DTYPE", help="float32; or bfloat16, in half the bytes, rounded stochastically."
+    ),
+]
+StatesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--mask-optimizer-states",
+        metavar="KIND",
+        help="AdamW's states of the logits: 8bit takes 2 bytes a logit, float32 (the default) 8.",
+    ),
+]
+InBackwardOption = Annotated[
+    bool,
+    typer.Option(
+        "--optimizer-in-backward",
+        help="Step in the backward pass, so that no gradients are held; needs --max_grad_norm 0 and no accumulation.",
+    ),
 ]
 SlorbInitOption = Annotated[
     str | None,
@@ -112,6 +143,7 @@ def train(
     model: ModelArgument,
     data: DataOption,
     output: OutputOption,
+    recipe: RecipeOption = None,
     pattern: PatternOption = "2:4",
     prior: PriorOption = "magnitude",
     calibration: CalibrationOption = None,
@@ -119,6 +151,10 @@ def train(
     prior_strength: StrengthOption = 3.0,
     temperature: TemperatureOption = (4.0, 0.05),
     logit_scale: ScaleOption = (100.0, 500.0),
+    resample: ResampleOption = "micro",
+    logits_dtype: LogitsDtypeOption = "float32",
+    mask_optimizer_states: StatesOption = None,
+    optimizer_in_backward: InBackwardOption = False,
     slorb_block: SlorbOption = None,
     slorb_init: SlorbInitOption = None,
     slorb_train_projection: ProjectionOption = False,
@@ -152,7 +188,7 @@ def train(
         from .. import NMSparseConfig
         from ..training import plan
 
-        arguments = training_arguments(model, context.args, output)
+        arguments = training_arguments(model, [*remaining_options(context), *context.args], output)
         checkpoint = _checkpoint(output, resume, overwrite, arguments, model)
         config = NMSparseConfig(
             pattern=pattern,
@@ -161,6 +197,8 @@ def train(
             prior_strength=prior_strength,
             temperature=temperature,
             logit_scale=logit_scale,
+            resample=resample,
+            logits_dtype=logits_dtype,
             slorb_block=slorb_block,
             slorb_init=slorb_start(slorb_block, slorb_init, low_rank),
             slorb_train_projection=slorb_train_projection,
@@ -181,6 +219,7 @@ def train(
             sequence_length,
             prior,
             distillation(distill, distill_weight, distill_temperature),
+            {"mask_optimizer_states": mask_optimizer_states, "optimizer_in_backward": optimizer_in_backward},
         )
         empty = empty_model(model)
         planned = plan(empty, config)

@@ -40,6 +40,7 @@ class TrainingRun:
         sequence_length (`int`, *optional*): tokens a window.
         prior (`str`): criterion or published mask to start from.
         distillation (`Distillation`, *optional*): how the dense base teaches, if it does.
+        trainer_options (`dict`): further arguments of `NMSparseTrainer`.
     """
 
     name: str
@@ -50,6 +51,7 @@ class TrainingRun:
     sequence_length: int | None
     prior: str
     distillation: Distillation | None = None
+    trainer_options: dict[str, Any] = field(default_factory=dict)
     tokenizer: Any = None
     length: int = 0
     train_windows: torch.Tensor | None = None
@@ -153,6 +155,7 @@ class TrainingRun:
             data_collator=default_data_collator,
             callbacks=[MaskMetricsCallback(eval_tokens=None if held_out is None else held_out[:_WATCHED_WINDOWS])],
             distillation=self.distillation,
+            **self.trainer_options,
         )
 
     def measure(self, row: str, model: nn.Module) -> None:
