@@ -66,6 +66,7 @@ def evaluate(
             raise ConfigError(f"{text}: {len(tokens)} tokens, one window takes {length}; lower --sequence-length")
         found = perplexity(loaded, tokens, seq_len=length, batch_size=batch_size, progress=True)
         facts = dataclasses.asdict(found)
+        del facts["window_losses"]  # of long texts, thousands
         answer.facts = {"model": model, "mask": mask, "text": text, "perplexity": facts.pop("value"), **facts}
         answer.show(
             facts_table(

@@ -32,10 +32,11 @@ class Perplexity:
         value (`float`): exp(loss).
         loss (`float`): mean negative log-likelihood, nats a scored token.
         standard_error (`float`): of `loss`, from its spread over windows; NaN with a single window. Two models on the
-            same windows differ by less noise than this, because their errors are correlated.
+            same windows differ by less noise than this, because their errors are correlated: compare `window_losses`.
         tokens (`int`): scored tokens, `windows x (seq_len - 1)`.
         windows (`int`): windows.
         seq_len (`int`): tokens a window.
+        window_losses (`tuple[float, ...]`): mean negative log-likelihood of each window, in their order.
     """
 
     value: float
@@ -44,6 +45,7 @@ class Perplexity:
     tokens: int
     windows: int
     seq_len: int
+    window_losses: tuple[float, ...]
 
 
 def perplexity(
@@ -170,6 +172,7 @@ def _summary(losses: torch.Tensor, seq_len: int) -> Perplexity:
         tokens=count * (seq_len - 1),
         windows=count,
         seq_len=seq_len,
+        window_losses=tuple(losses.tolist()),
     )
 
 
