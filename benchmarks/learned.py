@@ -59,6 +59,7 @@ class Recipe:
     """How a row learns; the fields of docs/METHODS.md, "candidates"."""
 
     prior: str = "polish"
+    blockwise_steps: int = 0
     learning_rate: float = 1e-3
     config: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
@@ -77,7 +78,12 @@ LEARNED = {
         arguments={"max_grad_norm": 0},
         versus="learned, elementwise",
     ),
+    "learned, confident prior": Recipe(config={"prior_confidence": True}),
+    "block by block, then learned": Recipe(blockwise_steps=100),
     "learned, distilled": Recipe(trainer={"distillation": nms.Distillation()}),
+    "learned, distilled, hidden": Recipe(
+        trainer={"distillation": nms.Distillation(hidden_weight=1 / 3)}, versus="learned, distilled"
+    ),
     "learned, low rank, distilled": Recipe(
         config={"low_rank": 16}, trainer={"distillation": nms.Distillation()}, versus="learned, distilled"
     ),
@@ -194,6 +200,11 @@ def learn(
     if config.has_side_branch:
         nms.fit_side_branch(model, calibration=calibration)
     result: dict[str, Any] = {"prior_minutes": minutes_since(begun)}
+    if recipe.blockwise_steps:
+        begun = time.perf_counter()
+        report = nms.learn_blockwise(model, calibration, steps=recipe.blockwise_steps)
+        result["blockwise_minutes"] = minutes_since(begun)
+        result["block_errors"] = [(block.error_before, block.error_after) for block in report.blocks]
     codes = {name: layer.mask_codes("default") for name, layer in mask_layers(model).items()}
     steps = arguments.steps
     if steps is None:

@@ -35,6 +35,8 @@ VARIANTS = {
     "low rank": ({"low_rank": RANK}, None),
     "delta": ({"delta_rank": RANK}, None),
     "distillation": ({}, nms.Distillation()),
+    "distillation, top 64": ({}, nms.Distillation(top_k=64)),
+    "distillation, hidden": ({}, nms.Distillation(hidden_weight=1 / 3)),
     "low rank, distillation": ({"low_rank": RANK}, nms.Distillation()),
 }
 TERMS_LEARNING_RATE = 2e-4

@@ -2,12 +2,15 @@
 """Shared fixtures: tiny random models, built offline."""
 
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 # Kernels compiled once for this checkout; and no times that its user has measured.
 os.environ["NMSPARSE_CACHE"] = str(Path(__file__).parents[1] / ".pytest_cache" / "nmsparse")
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # what they measure with, tests measure with too
 
 import pytest
 import torch

@@ -161,7 +161,7 @@ def test_hostile_text_breaks_neither_metadata_nor_page(kind, tmp_path):
         base_model=HOSTILE, base_revision=HOSTILE, pattern=HOSTILE, method=HOSTILE, sparse_layers=[HOSTILE],
         dense_layers=[HOSTILE] * 9, data=keyed, perplexity={HOSTILE: 3.0, "dense": 2.0}, sizes={HOSTILE: 3},
         speed=[{"name": HOSTILE, "device": HOSTILE, "tokens": HOSTILE}], command=HOSTILE, environment=keyed,
-        terms={"slorb_block": HOSTILE, "delta_rank": HOSTILE}, fused_experts=[HOSTILE],
+        terms={"slorb_block": HOSTILE, "delta_rank": HOSTILE}, fused_experts=[HOSTILE], delta_to=HOSTILE,
     )  # fmt: skip
     text = card_text(results, kind, license=HOSTILE, language=[HOSTILE], repo_id=HOSTILE)
     card = load(text, tmp_path)

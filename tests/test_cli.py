@@ -154,6 +154,43 @@ def test_a_recipe_holds_options_and_typed_ones_come_first(inputs, tmp_path):
     assert (config["temperature"], config["prior_strength"]) == ([1.0, 0.05], 1.5)
 
 
+def test_a_mask_is_learned_without_text_block_by_block_and_distilled_twice_from_one_teacher(inputs, tmp_path):
+    line = f"train {inputs}/base --self-data 640 --blockwise-steps 4 --distill --distill-top-k 8 --distill-weight 1"
+    line += f" --teacher-cache {tmp_path}/teacher --eval-data {inputs}/test.txt --schedule cosine --prior-confidence {STEPS}"
+    first = facts(f"{line} --output {tmp_path}/first")
+    assert list(first["perplexity"]) == ["dense", "prior (magnitude)", "block by block", "learned"]
+    written = (tmp_path / "teacher").stat().st_size
+    facts(f"{line} --output {tmp_path}/second")
+    assert (tmp_path / "teacher").stat().st_size == written > 1000  # all windows were known
+    results = RunResults.read(tmp_path / "first" / "results.json")
+    assert "written by the model itself" in results.data["training"]
+    assert "block by block 4 steps each, distilled: 1 KL of the 8 likeliest" in results.method
+    codes = [load_file(tmp_path / run / "adapter_model.safetensors") for run in ("first", "second")]
+    assert all(torch.equal(codes[0][name], codes[1][name]) for name in codes[0])
+
+
+def test_a_learned_mask_is_stored_as_a_delta_to_its_prior(inputs, trained, tmp_path):
+    steps = STEPS.replace("0.05", "0.002")
+    line = f"train {inputs}/base --data {inputs}/train.txt --prior {trained} --delta-to {trained} {steps}"
+    found = facts(f"{line} --output {trained.parent}/delta")
+    assert found["bits_per_weight"] < json.loads((trained / "results.json").read_text())["mask_bits_per_weight"]
+    assert facts(f"verify {trained.parent}/delta --base {inputs}/base")["ok"]
+    other = run(
+        f"train {inputs}/base --data {inputs}/train.txt --pattern 1:4 --delta-to {trained} --output {tmp_path}/x {STEPS}",
+        2,
+    )
+    assert "expected a full 1:4 mask" in other.stderr
+
+
+@pytest.mark.parametrize(
+    "recipe", sorted((Path(__file__).parents[1] / "examples" / "recipes").glob("*.yaml")), ids=str
+)
+def test_recipes_of_the_examples_are_understood(inputs, tmp_path, recipe):
+    small = "--sequence-length 32 --bf16 false --use_cpu true"  # longer than this model reads; and no GPU
+    line = f"train {inputs}/base --recipe {recipe} --data {inputs}/train.txt --output {tmp_path}/out --dry-run {small}"
+    assert facts(line)["plan"]["pattern"] == "2:4"
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

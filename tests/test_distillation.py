@@ -27,14 +27,14 @@ from hf_nmsparse.cli.train import distillation as cli_distillation
 from hf_nmsparse.cli.training_run import TrainingRun
 from hf_nmsparse.data import TokenWindows
 from hf_nmsparse.errors import ConfigError
-from hf_nmsparse.training import distillation
+from hf_nmsparse.training import divergence
 from hf_nmsparse.training.distillation import (
     counted_positions,
     dense_base,
-    distillation_loss,
     predicts_next_token,
-    teacher_logits,
+    teacher_outputs,
 )
+from hf_nmsparse.training.divergence import distillation_loss
 
 LENGTH = 12
 DEFAULTS = Distillation()
@@ -88,7 +88,7 @@ def uneven(tokens) -> Batches:
     return Batches(input_ids=tokens, labels=labels)
 
 
-def trainer_for(model, folder, data, distil=DEFAULTS, callbacks=None, **changes):
+def trainer_for(model, folder, data, distil=DEFAULTS, callbacks=None, teacher_cache=None, **changes):
     values = {
         "output_dir": str(folder),
         "max_steps": 2,
@@ -106,6 +106,7 @@ def trainer_for(model, folder, data, distil=DEFAULTS, callbacks=None, **changes)
         train_dataset=data,
         callbacks=callbacks,
         distillation=distil,
+        teacher_cache=teacher_cache,
     )
 
 
@@ -138,7 +139,7 @@ def logits():
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)]
 )
 def test_the_chunked_loss_is_the_divergence(logits, monkeypatch, chunk, temperature, dtype, tolerance):
-    monkeypatch.setattr(distillation, "_CHUNK_LOGITS", chunk)
+    monkeypatch.setattr(divergence, "_CHUNK", chunk)
     student, teacher, keep = (logits[0].to(dtype).requires_grad_(), logits[1].to(dtype), logits[2])
     expected, gradient = reference(student, teacher, keep, temperature, 11)
     loss = distillation_loss(student, teacher, keep, temperature, 11)
@@ -307,7 +308,7 @@ def test_ddp_is_unwrapped_so_that_no_buffer_is_broadcast_before_the_backward_pas
         passes = []
         model.register_forward_pre_hook(lambda *_: passes.append(1))
         loss = model(input_ids=tokens, labels=tokens).loss
-        teacher = teacher_logits(model, {"input_ids": tokens, "labels": tokens}, "labels")
+        teacher = teacher_outputs(model, {"input_ids": tokens, "labels": tokens}, "labels").logits
         assert len(passes) == 1
         loss.backward()
         assert torch.equal(teacher, make_llama()(tokens).logits)
@@ -538,7 +539,7 @@ def test_modules_to_save_train_and_stay_out_of_the_teacher(make_llama, uneven, t
     before = head.detach().clone()
     trainer_for(model, tmp_path, uneven, learning_rate=0.1).train()
     assert not torch.equal(head, before)
-    assert torch.equal(teacher_logits(model, uneven.columns, "labels"), expected)
+    assert torch.equal(teacher_outputs(model, uneven.columns, "labels").logits, expected)
 
 
 def test_only_logits_go_into_the_optimizer_group_of_the_masks(make_llama, uneven, tmp_path):

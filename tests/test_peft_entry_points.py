@@ -823,7 +823,7 @@ def test_training_compiles_to_one_graph_over_all_steps(config):
     assert backend.graphs == 1
     torch.testing.assert_close(outputs[1], outputs[0])
     for plain, fast in zip(*gradients, strict=True):
-        torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(fast, plain, rtol=1e-4, atol=2e-6 * float(plain.abs().max()))
 
 
 @pytest.mark.slow

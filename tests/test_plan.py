@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A plan made from shapes equals what the real thing weighs."""
 
+import contextlib
 import copy
 import itertools
 import math
@@ -8,6 +9,7 @@ import math
 import pytest
 import torch
 from families import FAMILIES
+from live_bytes import peak_live_bytes
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -204,3 +206,107 @@ def test_which_patterns_lie_inside_2_of_4():
         found[given] = inside_24(pattern)
         assert found[given] is every_mask_does(pattern), given
     assert True in found.values() and False in found.values()
+
+
+# --- bytes of training ----------------------------------------------------------------------------------------------
+BIG = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_key_value_heads": 4}
+TOKENS = torch.arange(8)[None]
+CHEAP = {"relaxation": "elementwise", "logits_dtype": "bfloat16"}
+
+
+def measured_peak(make_model, config: dict, optimizer_of, in_backward=False, checkpointing=False) -> int:
+    """Most bytes of live tensors during a training step on so few tokens that activations hardly count."""
+
+    def build():
+        model = get_peft_model(make_model(), NMSparseConfig(**config)).train()
+        optimizer = optimizer_of([parameter for parameter in model.parameters() if parameter.requires_grad])
+        if checkpointing:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+
+        def step():
+            nms.set_mask_step(model, 1, 10)
+            with optimizer.step_in_backward() if in_backward else contextlib.nullcontext():
+                model(input_ids=TOKENS, labels=TOKENS, use_cache=False).loss.backward()
+            if not in_backward:
+                optimizer.step()
+                optimizer.zero_grad()
+
+        return step
+
+    return peak_live_bytes(build)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "config", "states", "in_backward", "checkpointing"),
+    [
+        (torch.float32, {}, "float32", False, False),
+        (torch.bfloat16, CHEAP, "8bit", False, False),
+        (torch.bfloat16, CHEAP, "8bit", False, True),
+        (torch.bfloat16, CHEAP, "8bit", True, False),
+        (torch.bfloat16, CHEAP, "8bit", True, True),
+        (torch.bfloat16, {**CHEAP, "resample": "step"}, "8bit", False, True),
+    ],
+    ids=[
+        "candidates",
+        "cheap",
+        "cheap-checkpointing",
+        "in-backward",
+        "in-backward-checkpointing",
+        "one-sample-a-step",
+    ],
+)
+def test_training_takes_the_planned_bytes(make_llama, dtype, config, states, in_backward, checkpointing):
+    def optimizer(parameters):
+        if states == "8bit":
+            return nms.MaskAdamW(parameters, states=states)
+        return torch.optim.AdamW(parameters, fused=True)  # as the Trainer has it
+
+    def build():
+        return make_llama(dtype, **BIG)
+
+    plan = nms.plan(build(), NMSparseConfig(**config), states, in_backward, checkpointing)
+    peak = measured_peak(build, config, optimizer, in_backward, checkpointing)
+    assert peak == pytest.approx(plan.training_bytes, rel=0.05)
+
+
+def test_the_bytes_of_every_way_are_those_of_its_plan(make_llama):
+    for pattern, relaxations in (("2:4", ["candidates", "elementwise"]), ("8:16", ["elementwise"])):
+        ways = nms.plan(make_llama(), NMSparseConfig(pattern=pattern, relaxation="elementwise")).ways
+        assert len(ways) == 8 * len(relaxations) and {way.relaxation for way in ways} == set(relaxations)
+        for way in ways:
+            config = NMSparseConfig(pattern=pattern, relaxation=way.relaxation, logits_dtype=way.logits_dtype)
+            plan = nms.plan(make_llama(), config, way.optimizer_states, way.in_backward)
+            parts = plan.logits_bytes, plan.gradient_bytes, plan.optimizer_bytes
+            assert (way.logits, way.gradients, way.states) == parts and way.total == sum(parts)
+
+
+def test_states_of_a_plan_are_those_of_the_optimizer(make_llama):
+    config = NMSparseConfig(slorb_block=5)
+    plan = nms.plan(make_llama(), config, optimizer_states="8bit")
+    model = get_peft_model(make_llama(), config).train()
+    logits = [p for name, p in model.named_parameters() if p.requires_grad and ".nmsparse_logits." in name]
+    optimizer = nms.MaskAdamW(logits, states="8bit")
+    for parameter in logits:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    tensors = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+    assert plan.optimizer_bytes - 2 * plan.term_bytes == sum(value.nbytes for value in tensors)
+
+
+def test_kept_masked_weights_are_in_the_dtype_of_the_model_and_fewer_with_checkpointing(make_llama):
+    plain = nms.plan(make_llama(torch.bfloat16), NMSparseConfig())
+    assert plain.masked_weight_bytes == 2 * plain.pruned_weights
+    assert {layer.block for layer in plain.layers} == {"model.layers.0", "model.layers.1"}
+    assert nms.plan(make_llama(torch.bfloat16), NMSparseConfig(), checkpointing=True).masked_weight_bytes == (
+        plain.masked_weight_bytes // 2
+    )
+    changed = nms.plan(make_llama(torch.bfloat16), NMSparseConfig(delta_rank=2))
+    assert changed.masked_weight_bytes == 4 * plain.pruned_weights  # the changed weight under the mask is kept too
+    once = nms.plan(make_llama(torch.bfloat16), NMSparseConfig(resample="step"), checkpointing=True)
+    assert once.masked_weight_bytes == plain.masked_weight_bytes
+
+
+def test_a_plan_refuses_unknown_states(make_llama):
+    with pytest.raises(ConfigError, match="optimizer_states='4bit'"):
+        nms.plan(make_llama(), NMSparseConfig(), optimizer_states="4bit")

@@ -134,6 +134,7 @@ def test_each_missing_field_is_called_not_measured(field):
         "permuted_layers",
         "dense_budget",
         "values",
+        "delta_to",
     }  # not of every model; the cards tell them
     baseline = words(render(sample_results(), []))
     more = text.count(MISSING) - baseline.count(MISSING)

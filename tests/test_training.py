@@ -207,6 +207,72 @@ def test_a_run_too_short_to_change_any_mask_is_warned_about(llama, windows, tmp_
     assert ("hardly any mask will change" in caplog.text) == warned
 
 
+@pytest.mark.parametrize(
+    ("options", "changes", "warned"),
+    [
+        ({}, {"lr_scheduler_type": "constant", "learning_rate": 0.006}, False),  # 0.036 over 6 steps, the gap is 0.03
+        ({}, {"lr_scheduler_type": "linear", "learning_rate": 0.006}, True),  # a little more than half of that
+        ({}, {"lr_scheduler_type": "cosine", "learning_rate": 0.011}, False),
+        ({}, {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 6, "learning_rate": 0.011}, True),
+        ({"prior_confidence": True}, {"lr_scheduler_type": "constant", "learning_rate": 0.0014}, False),  # of 0.0075
+        ({"prior_confidence": True}, {"lr_scheduler_type": "constant", "learning_rate": 0.0012}, True),
+        ({"prior_strength": 10}, {"lr_scheduler_type": "constant", "learning_rate": 0.006}, True),
+        ({}, {"lr_scheduler_type": "linear", "learning_rate": 0.0}, True),
+    ],
+)
+def test_the_warning_goes_by_the_sum_of_the_learning_rates(llama, windows, tmp_path, caplog, options, changes, warned):
+    trainer = nms.NMSparseTrainer(
+        model=get_peft_model(llama, NMSparseConfig(**options)),
+        args=arguments(tmp_path, **changes),
+        train_dataset=TokenWindows(windows),
+    )
+    with caplog.at_level(logging.WARNING, logger="hf_nmsparse"):
+        trainer.create_optimizer_and_scheduler(6)
+    assert ("hardly any mask will change" in caplog.text) == warned
+
+
+def test_the_warning_knows_a_scheduler_of_the_user_by_its_first_rate(llama, windows, tmp_path, caplog):
+    model = get_peft_model(llama, NMSparseConfig())
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.006)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    trainer = nms.NMSparseTrainer(
+        model=model,
+        args=arguments(tmp_path, learning_rate=1e-5),
+        train_dataset=TokenWindows(windows),
+        optimizers=(optimizer, scheduler),
+    )
+    with caplog.at_level(logging.WARNING, logger="hf_nmsparse"):
+        trainer.create_optimizer_and_scheduler(6)
+        assert not caplog.text
+        trainer.warn_if_masks_cannot_move(4)
+    assert "learning rates of up to 0.006 over 4 steps" in caplog.text
+
+
+def test_an_optimizer_can_be_created_again_with_other_options(llama, windows, tmp_path):
+    trainer = nms.NMSparseTrainer(
+        model=get_peft_model(llama, NMSparseConfig(logits_dtype="bfloat16")),
+        args=arguments(tmp_path),
+        train_dataset=TokenWindows(windows),
+        mask_optimizer_states="8bit",
+    )
+    trainer.create_optimizer()
+    assert trainer.optimizer_cls_and_kwargs is None
+    trainer.optimizer, trainer.args.learning_rate, trainer.args.adam_beta1 = None, 0.5, 0.7
+    again = trainer.create_optimizer()
+    assert isinstance(again, nms.MaskAdamW)
+    assert {(group["lr"], group["betas"][0], group["states"]) for group in again.param_groups if group["params"]} == {
+        (0.5, 0.7, "8bit")
+    }
+
+
+def test_wrong_states_are_refused_before_the_trainer_does_anything(tmp_path):
+    def never() -> None:
+        raise AssertionError("the model was made")
+
+    with pytest.raises(ConfigError, match="mask_optimizer_states='4bit'"):
+        nms.NMSparseTrainer(model_init=never, args=arguments(tmp_path), mask_optimizer_states="4bit")
+
+
 def test_given_callbacks_are_not_doubled(llama, windows, tmp_path):
     given = [nms.MaskScheduleCallback(), nms.MaskMetricsCallback()]
     trainer = nms.NMSparseTrainer(

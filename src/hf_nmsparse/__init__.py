@@ -31,6 +31,7 @@ _LAZY = {
     "perplexity": "evaluation",
     "compress": "hub",
     "decompress": "hub",
+    "diff_masks": "hub",
     "load_mask": "hub",
     "push_folder": "hub",
     "push_mask": "hub",
@@ -40,10 +41,14 @@ _LAZY = {
     "Distillation": "training",
     "MaskAdamW": "training",
     "MaskMetricsCallback": "training",
+    "MaskPhaseCallback": "training",
     "MaskScheduleCallback": "training",
     "NMSparseTrainer": "training",
+    "TeacherCache": "training",
     "fit_side_branch": "training",
+    "learn_blockwise": "training",
     "plan": "training",
+    "self_data": "training",
     "set_prior": "training",
 }
 

@@ -3,6 +3,7 @@
 
 mask   <-> codes          `mask_to_codes`, `codes_to_mask`
 codes  <-> packed bytes   `pack_codes`, `unpack_codes`
+digits <-> packed bytes   `pack_digits`, `unpack_digits`
 weight <-> (values, ids)  `pack_24`, `unpack_24`
 """
 
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from .errors import FormatError, PatternError
-from .pattern import NMPattern
+from .pattern import NMPattern, digit_bytes, digit_packing
 
 
 @dataclass(frozen=True)
@@ -149,16 +150,75 @@ def pack_codes(codes: torch.Tensor, pattern: NMPattern, in_features: int) -> tor
     k, b = pattern.packing
     groups = pattern.num_groups(in_features)
     runs = F.pad(codes.long(), (0, -groups % k)).unflatten(1, (-1, k))  # [out, runs, k]
-    # Horner's rule on base-256 digits, so that eight-byte numbers need no unsigned 64-bit arithmetic.
-    digits = [torch.zeros_like(runs[..., 0]) for _ in range(b)]
-    for i in reversed(range(k)):
-        carry = runs[..., i]
-        for j in range(b):
-            carry = carry + digits[j] * pattern.num_candidates
-            digits[j] = carry & 255
-            carry = carry >> 8
-    packed = torch.stack(digits, dim=-1).flatten(1).to(torch.uint8)
+    packed = _bytes_of_digits(runs, pattern.num_candidates, b).flatten(1)
     return packed[:, : pattern.packed_row_bytes(in_features)].contiguous()
+
+
+def pack_digits(digits: torch.Tensor, base: int) -> torch.Tensor:
+    """Pack numbers below `base` as `pack_codes` packs a row of codes; of a base of 1 no byte is needed.
+
+    Args:
+        digits (`torch.Tensor`): integers `[count]`.
+        base (`int`): at least 1.
+
+    Returns:
+        uint8 `[packed_digit_bytes(count, base)]`.
+    """
+    size = packed_digit_bytes(len(digits), base)
+    if size == 0:
+        return digits.new_zeros(0, dtype=torch.uint8)
+    k, b = digit_packing(base)
+    runs = F.pad(digits.long(), (0, -len(digits) % k)).unflatten(0, (-1, k))
+    return _bytes_of_digits(runs, base, b).flatten()[:size].contiguous()
+
+
+def unpack_digits(packed: torch.Tensor, base: int, count: int) -> torch.Tensor:
+    """The inverse of `pack_digits`, int64 `[count]`. Bytes that it cannot have written give digits that it packs otherwise.
+
+    Args:
+        packed (`torch.Tensor`): uint8 `[packed_digit_bytes(count, base)]`.
+    """
+    if len(packed) == 0:
+        return packed.new_zeros(count, dtype=torch.int64)
+    k, b = digit_packing(base)
+    runs = F.pad(packed, (0, -len(packed) % b)).unflatten(0, (-1, b))
+    return _digits_of_bytes(runs, base, k)[0].flatten()[:count]
+
+
+def packed_digit_bytes(count: int, base: int) -> int:
+    """Bytes of so many digits as `pack_digits` writes them."""
+    if base == 1:
+        return 0
+    k, b = digit_packing(base)
+    return count // k * b + digit_bytes(base, count % k)
+
+
+# Both compute with limbs of 32 bits, so that eight-byte numbers need no unsigned 64-bit arithmetic: a base is below 2^14.
+def _bytes_of_digits(runs: torch.Tensor, base: int, b: int) -> torch.Tensor:
+    """int64 digits `[..., k]`, first one least significant -> uint8 `[..., b]`, little-endian."""
+    limbs = [torch.zeros_like(runs[..., 0]) for _ in range(-(-b // 4))]
+    for digit in reversed(runs.unbind(-1)):  # Horner's rule
+        carry = digit
+        for j in range(len(limbs)):
+            carry = carry + limbs[j] * base
+            limbs[j] = carry & 0xFFFFFFFF
+            carry = carry >> 32
+    return torch.stack([limbs[j // 4] >> 8 * (j % 4) & 255 for j in range(b)], dim=-1).to(torch.uint8)
+
+
+def _digits_of_bytes(runs: torch.Tensor, base: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """uint8 `[..., b]` -> int64 digits `[..., k]`, and whether a number is left over that k digits cannot hold, `[...]`."""
+    parts = runs.long().unbind(-1)
+    limbs = [sum(byte << 8 * j for j, byte in enumerate(parts[i : i + 4])) for i in range(0, len(parts), 4)]
+    digits = []
+    for _ in range(k):  # long division, most significant limb first
+        remainder = torch.zeros_like(limbs[0])
+        for j in reversed(range(len(limbs))):
+            value = (remainder << 32) + limbs[j]
+            limbs[j] = value // base
+            remainder = value - limbs[j] * base
+        digits.append(remainder)
+    return torch.stack(digits, dim=-1), torch.stack(limbs).any(0)
 
 
 def pack_bits(mask: torch.Tensor) -> torch.Tensor:
@@ -197,20 +257,11 @@ def unpack_codes(
         )
     k, b = pattern.packing
     groups = pattern.num_groups(in_features)
-    runs = F.pad(packed, (0, -width % b)).unflatten(1, (-1, b)).long()  # [out, runs, b]
-    digits = list(runs.unbind(-1))
-    codes = []
-    for _ in range(k):  # long division by C, most significant byte first
-        remainder = torch.zeros_like(digits[0])
-        for j in reversed(range(b)):
-            value = remainder * 256 + digits[j]
-            digits[j] = value // pattern.num_candidates
-            remainder = value - digits[j] * pattern.num_candidates
-        codes.append(remainder)
-    all_codes = torch.stack(codes, dim=-1).flatten(1)
+    runs = F.pad(packed, (0, -width % b)).unflatten(1, (-1, b))  # [out, runs, b]
+    all_codes, leftover = _digits_of_bytes(runs, pattern.num_candidates, k)
+    all_codes = all_codes.flatten(1)
     if not check:
         return all_codes[:, :groups]
-    leftover = torch.stack(digits).any(0)
     if bool(leftover.any()) or bool(all_codes[:, groups:].any()):
         bad = leftover.any(1) | all_codes[:, groups:].any(1)
         raise FormatError(

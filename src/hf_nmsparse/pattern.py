@@ -127,20 +127,20 @@ class NMPattern:
     @property
     def packing(self) -> tuple[int, int]:
         """(k, b): k codes are stored in b bytes, with k/b largest (smallest b on ties), C^k <= 2^(8b), b <= 8."""
-        return _packing(self.num_candidates)
+        return digit_packing(self.num_candidates)
 
     def packed_row_bytes(self, in_features: int) -> int:
         """Bytes of one row of packed codes: b for each full run of k groups, ceil(r log2(C) / 8) for the r left."""
         k, b = self.packing
         full, rest = divmod(self.num_groups(in_features), k)
-        return full * b + _bytes_for(self.num_candidates, rest)
+        return full * b + digit_bytes(self.num_candidates, rest)
 
     def max_groups(self, row_bytes: int) -> int:
         """Most groups that a row of so many packed bytes can hold; the real number comes from the layer's size."""
         k, b = self.packing
         full, rest = divmod(row_bytes, b)
         left = 0
-        while _bytes_for(self.num_candidates, left + 1) <= rest:
+        while digit_bytes(self.num_candidates, left + 1) <= rest:
             left += 1
         return full * k + left
 
@@ -213,17 +213,18 @@ def _ranks(n: int, m: int) -> dict[tuple[int, ...], int]:
     return {kept: code for code, kept in enumerate(itertools.combinations(range(m), n))}
 
 
-def _bytes_for(base: int, digits: int) -> int:
+def digit_bytes(base: int, digits: int) -> int:
     """Fewest bytes that hold `digits` digits of the given base, in exact integer arithmetic."""
     return ((base**digits - 1).bit_length() + 7) // 8
 
 
 @lru_cache(maxsize=64)
-def _packing(num_candidates: int) -> tuple[int, int]:
+def digit_packing(base: int) -> tuple[int, int]:
+    """(k, b): k digits of a base of at least 2 are stored in b bytes, see `NMPattern.packing`."""
     best = (0, 1)
     for b in range(1, 9):
         k = 0
-        while num_candidates ** (k + 1) <= 256**b:
+        while base ** (k + 1) <= 256**b:
             k += 1
         if k * best[1] > best[0] * b:
             best = (k, b)

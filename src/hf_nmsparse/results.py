@@ -32,6 +32,7 @@ class RunResults:
     Args:
         base_model (`str`, *optional*): Hub id or name of the dense model.
         base_revision (`str`, *optional*): its commit.
+        delta_to (`str`, *optional*): the general mask, where only the groups that differ from it are stored.
         pattern (`str`, *optional*): for example `"2:4"`; or the share of weights that is pruned wherever they are, `"60%"`.
         method (`str`, *optional*): criterion or relaxation that gave the mask, for example `"candidates (prior polish)"`.
         kept_weights (`str`, *optional*): what was done with them: `"keep"`: nothing, `"update"`: the method gave them new
@@ -68,6 +69,7 @@ class RunResults:
 
     base_model: str | None = None
     base_revision: str | None = None
+    delta_to: str | None = None
     pattern: str | None = None
     method: str | None = None
     kept_weights: str | None = None

@@ -12,7 +12,7 @@ from peft.config import PeftConfig
 from .._compat import register_peft_type
 from ..errors import ConfigError, FormatError
 from ..pattern import NMPattern
-from ..relaxations import get_relaxation
+from ..relaxations import get_relaxation, get_schedule
 
 FORMAT_VERSION = 1
 
@@ -25,10 +25,17 @@ class NMSparseConfig(PeftConfig):
         pattern (`str`): `"n:m"`, n weights kept of each m consecutive ones along the input dimension; m <= 16.
         relaxation (`str`): how logits become a mask while training; `"candidates"` (one logit a candidate, MaskLLM's) or
             `"elementwise"` (one a weight, any pattern).
-        mask_format (`str`): `"logits"` (trainable checkpoint) or `"packed"` (a published mask: codes only).
+        mask_format (`str`): `"logits"` (trainable checkpoint) or `"packed"` (a published mask: codes only). In the file of a
+            mask that is stored as a delta, `"delta"`: only `nms.load_mask` and `nms.read_mask` read it.
+        general_mask (`dict`, *optional*): in the file of a delta: where its general mask lies; `None` everywhere else.
         prior (`str`, *optional*): the mask that initialises the logits. `"magnitude"` is computed on the spot; any
             other name, or `None`, leaves the logits to `nms.set_prior`, which also records its name here.
         prior_strength (`float`): distance of the prior from indecision, in units of 0.01 (MaskLLM's alpha).
+        prior_confidence (`bool`): scale the prior's strength of each group by how sure the criterion was of it: from 0.25
+            for the group that it was least sure of to 1.75, evenly by rank within a layer, 1 on the mean. For priors by
+            magnitude, wanda and polish.
+        schedule (`str`): how temperature and logit scale go from start to end: `"linear"` (MaskLLM's), `"cosine"`,
+            `"exponential"` (the same ratio each step) or `"constant"` (the start's all the time).
         temperature (`tuple[float, float]`): Gumbel-softmax temperature at the start and the end of training.
         logit_scale (`tuple[float, float]`): factor on the logits (kappa) at the start and the end.
         magnitude_regularization (`float`): lambda of the term that rewards keeping large weights; decays to 0.
@@ -65,8 +72,13 @@ class NMSparseConfig(PeftConfig):
     mask_format: Literal["logits", "packed"] = field(
         default="logits", metadata={"help": "trainable logits, or the packed codes of a published mask"}
     )
+    general_mask: dict[str, str | None] | None = field(
+        default=None, metadata={"help": "in the file of a delta: where its general mask lies"}
+    )
     prior: str | None = field(default="magnitude", metadata={"help": "mask that initialises the logits"})
     prior_strength: float = field(default=3.0, metadata={"help": "strength of the prior (MaskLLM's alpha)"})
+    prior_confidence: bool = field(default=False, metadata={"help": "scale the prior by how sure its criterion was"})
+    schedule: str = field(default="linear", metadata={"help": "how temperature and logit scale move"})
     temperature: tuple[float, float] = field(default=(4.0, 0.05), metadata={"help": "start and end temperature"})
     logit_scale: tuple[float, float] = field(default=(100.0, 500.0), metadata={"help": "start and end logit scale"})
     magnitude_regularization: float = field(default=1e-5, metadata={"help": "reward for keeping large weights"})
@@ -97,6 +109,7 @@ class NMSparseConfig(PeftConfig):
         self._check_version()
         self.pattern = str(NMPattern(self.pattern))
         get_relaxation(self.relaxation)
+        get_schedule(self.schedule)
         self.temperature = _pair("temperature", self.temperature)
         self.logit_scale = _pair("logit_scale", self.logit_scale)
         self._check_values()
@@ -119,6 +132,11 @@ class NMSparseConfig(PeftConfig):
             )
 
     def _check_values(self) -> None:
+        if self.mask_format == "delta":
+            raise ConfigError(
+                f"this mask is stored as a delta (general_mask={self.general_mask!r}), which PEFT's and Transformers' own "
+                "loaders cannot put together; load it with nms.load_mask(model, <its folder or repo>)"
+            )
         choices = {
             "mask_format": ("logits", "packed"),
             "resample": ("micro", "step"),
@@ -132,6 +150,8 @@ class NMSparseConfig(PeftConfig):
             raise ConfigError(f"prior_strength={self.prior_strength!r} must be a positive number")
         if not _is_number(self.magnitude_regularization) or self.magnitude_regularization < 0:
             raise ConfigError(f"magnitude_regularization={self.magnitude_regularization!r} must be a number >= 0")
+        if not isinstance(self.prior_confidence, bool):
+            raise ConfigError(f"prior_confidence={self.prior_confidence!r} must be True or False")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise ConfigError(f"seed={self.seed!r} must be a non-negative integer")
         if isinstance(self.dense_layers, str):

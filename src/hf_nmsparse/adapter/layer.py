@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
@@ -44,6 +45,8 @@ class NMSparseLayer(MaskState):
 
     def set_moment(self, adapter_name: str, moment: Moment | None) -> None:
         """Tell an adapter where training stands; `None` forgets it."""
+        if moment is not None and self.configs[adapter_name].resample == "step":
+            moment = replace(moment, draw=0)
         if moment != self.moments.get(adapter_name):
             self.samples.pop(adapter_name, None)
             if moment is not None and self._may_share_samples(adapter_name):
@@ -71,10 +74,21 @@ class NMSparseLayer(MaskState):
             self.states[adapter_name] = state
         return state
 
+    def pause(self, adapter_name: str, paused: bool = True) -> None:
+        """Let the mask of an adapter wait in training: it computes with its hard mask, and its logits get no gradient.
+
+        Terms beside the mask go on. `requires_grad` stays as it is, for PEFT switches it too. `paused=False`: it learns again.
+        """
+        if paused == self.paused.get(adapter_name, False):
+            return
+        self.paused[adapter_name] = paused
+        if paused and adapter_name in self.samples:
+            self.samples[adapter_name].forget()
+
     def is_sampling(self, adapter_name: str) -> bool:
         """Whether the adapter's mask is soft and noisy now: its logits are in training."""
         # Not torch.is_grad_enabled(): reentrant checkpointing runs its first forward without gradients.
-        if not self.training or adapter_name not in self.nmsparse_logits:
+        if not self.training or adapter_name not in self.nmsparse_logits or self.paused.get(adapter_name, False):
             return False
         return self.nmsparse_logits[adapter_name].weight.requires_grad
 
@@ -92,7 +106,7 @@ class NMSparseLayer(MaskState):
         if torch.compiler.is_compiling() or adapter_name not in self.samples:
             return None
         sample, config = self.samples[adapter_name], self.configs[adapter_name]
-        moment = self.moments[adapter_name], config.temperature, config.logit_scale
+        moment = self.moments[adapter_name], config.schedule, config.temperature, config.logit_scale
         tensors = [self.base_weight.stored, *parameters.values()]
         return sample if sample.serves(tensors, moment) else None
 
@@ -117,6 +131,8 @@ class NMSparseLayer(MaskState):
         sampling = self.is_sampling(adapter_name)
         state = self._state(adapter_name, sampling)
         shared = self._shared_sample(adapter_name, parameters) if sampling and is_base else None
+        if self.paused.get(adapter_name, False):
+            parameters = {container: value.detach() for container, value in parameters.items()}
         relaxation = self.relaxations[adapter_name]
         return relaxation.effective_weight(weight, parameters, state, hard=not sampling, shared=shared)
 

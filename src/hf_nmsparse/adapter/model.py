@@ -255,9 +255,7 @@ def set_mask_step(model: nn.Module, step: int, max_steps: int, draw: int = 0, ac
     for layer in mask_layers(model).values():
         for name, config in layer.configs.items():
             if config.mask_format == "logits":
-                layer.set_moment(
-                    name, Moment(step, max_steps, draw if config.resample == "micro" else 0, accumulation)
-                )
+                layer.set_moment(name, Moment(step, max_steps, draw, accumulation))
 
 
 def refuse_to_merge_over_a_mask(tuner: BaseTuner) -> None:

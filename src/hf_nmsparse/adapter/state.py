@@ -12,12 +12,13 @@ from torch import nn
 
 from .. import ops
 from .._compat import BufferDict
+from ..criteria import score_confidence
 from ..errors import BaseModelMismatchError, ConfigError, FormatError
 from ..fingerprint import FINGERPRINT_BYTES, digest, fingerprint, rounding_hint, to_hex
 from ..ops import NoiseKey
 from ..ops.shared_sample import SharedSample
 from ..pattern import NMPattern
-from ..relaxations import Moment, Relaxation, get_relaxation
+from ..relaxations import Moment, Relaxation, get_relaxation, strength_factors
 from .base_weight import BaseWeight
 from .config import NMSparseConfig
 from .terms import TERM_CONTAINERS, block_projection, fresh_terms, slorb_of_residual, with_delta
@@ -51,6 +52,7 @@ class MaskState(BaseTunerLayer):
         "moments",
         "states",
         "samples",
+        "paused",
         "verified",
         "mismatch_allowed",
     )
@@ -69,6 +71,7 @@ class MaskState(BaseTunerLayer):
         self.moments: dict[str, Moment] = {}
         self.states: dict[str, ops.SamplingState] = {}
         self.samples: dict[str, SharedSample] = {}
+        self.paused: dict[str, bool] = {}
         self.mismatch_allowed: dict[str, bool] = {}
         self.verified: dict[str, list[tuple[torch.Tensor, int]]] = {}
         self._disable_adapters = False
@@ -125,7 +128,7 @@ class MaskState(BaseTunerLayer):
         self.relaxations[adapter_name] = relaxation
         self.verified.pop(adapter_name, None)
         if self._wants_magnitude_prior(adapter_name, weight):
-            self.set_prior_codes(adapter_name, ops.top_n_codes(weight.detach().abs().float(), pattern))
+            self._set_magnitude_prior(adapter_name, weight.detach().abs().float())
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -142,11 +145,26 @@ class MaskState(BaseTunerLayer):
         loading = config.inference_mode or weight.is_meta or any(value.is_meta for value in parameters)
         return config.mask_format == "logits" and config.init_weights and config.prior == "magnitude" and not loading
 
-    def set_prior_codes(self, adapter_name: str, codes: torch.Tensor) -> None:
-        """Start the logits of an adapter from a mask, given as codes `[out, groups]`, and SLoRB from what it prunes."""
+    def _set_magnitude_prior(self, adapter_name: str, magnitudes: torch.Tensor) -> None:
+        pattern = self.relaxations[adapter_name].pattern
+        codes, factors = ops.top_n_codes(magnitudes, pattern), None
+        if self.configs[adapter_name].prior_confidence:
+            mask = ops.codes_to_mask(codes, pattern, self.in_features)
+            experts = score_confidence(magnitudes, mask, pattern).chunk(self.base_weight.num_experts or 1)
+            factors = torch.cat([strength_factors(confidence) for confidence in experts])
+        self.set_prior_codes(adapter_name, codes, factors)
+
+    def set_prior_codes(self, adapter_name: str, codes: torch.Tensor, factors: torch.Tensor | None = None) -> None:
+        """Start the logits of an adapter from a mask, and SLoRB from what it prunes.
+
+        Args:
+            adapter_name (`str`): which adapter.
+            codes (`torch.Tensor`): the mask, int64 `[out, groups]`.
+            factors (`torch.Tensor`, *optional*): on the prior's strength in each group, float `[out, groups]`.
+        """
         config, relaxation = self.configs[adapter_name], self.relaxations[adapter_name]
         parameters = self._parameters_of(adapter_name)
-        relaxation.set_prior(parameters, codes, config)
+        relaxation.set_prior(parameters, codes, config, factors)
         if "nmsparse_slorb" in parameters and config.slorb_init != "closed_form" and config.init_weights:
             mask = ops.codes_to_mask(codes, relaxation.pattern, self.in_features)
             weight = self._pristine().detach()

@@ -50,7 +50,7 @@ def kind_of(folder: Path) -> Kind:
     if adapter is not None:
         if adapter.get("peft_type") != "NMSPARSE":
             return Kind.ADAPTER
-        return Kind.MASK if adapter.get("mask_format") == "packed" else Kind.CHECKPOINT
+        return Kind.MASK if adapter.get("mask_format") in ("packed", "delta") else Kind.CHECKPOINT
     model = read_json(folder / "config.json")
     if model is not None:
         quantization = model.get("quantization_config")

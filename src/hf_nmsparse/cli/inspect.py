@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +15,9 @@ from .common import facts_table, size, verb
 from .folders import RESULTS_FILE, Kind, checkpoints_in, folder_bytes, kind_of
 from .models import locate
 from .options import JsonOption, RevisionOption, TaskOption
+
+if TYPE_CHECKING:
+    from ..pattern import NMPattern
 
 PathArgument = Annotated[
     str, typer.Argument(metavar="PATH", help="Folder or Hub repo of a mask, checkpoint, masked or packed model.")
@@ -38,7 +41,7 @@ def inspect(
         folder = locate(path, True, revision, task)
         kind = kind_of(folder)
         describe = {
-            Kind.MASK: _mask,
+            Kind.MASK: lambda folder: _mask(folder, path, revision, task),
             Kind.CHECKPOINT: _checkpoint,
             Kind.PACKED: _packed,
             Kind.MODEL: _model,
@@ -55,32 +58,44 @@ def inspect(
         answer.show(facts_table(f"{path}: {kind.value}", shown))
 
 
-def _mask(folder: Path) -> dict[str, Any]:
+def _mask(folder: Path, path: str, revision: str | None, task: str | None) -> dict[str, Any]:
     from ..hub import mask_summary, read_mask
     from ..hub.card import terms_of
 
-    mask = read_mask(folder)
+    mask = read_mask(path, revision, task)
     summary = mask_summary(mask)
     config = {key: getattr(value, "value", value) for key, value in summary["config"].items() if key not in _NOISE}
     recorded = (read_json(folder / RESULTS_FILE) or {}).get("mask_bits_per_weight")
     groups = sum(
         stored.packed.shape[0] * mask.pattern.max_groups(stored.packed.shape[1]) for stored in mask.layers.values()
     )
+    delta = {}
+    if mask.general is not None:
+        delta = {"delta_to": str(mask.general), "changed_share": summary["changed_groups"] / groups}
     return {
         "pattern": config["pattern"],
         "base": config.get("base_model_name_or_path"),
         "base_revision": config.get("revision"),
         "layers": sorted(mask.layers),
         "fused_experts": sorted(mask.config.target_parameters or ()),
+        **delta,
         "terms": terms_of(mask.config),
         "terms_bytes": sum(value.nbytes for stored in mask.layers.values() for value in stored.terms.values()) or None,
         "file_bytes": mask.file_bytes,
         # True widths are the model's to tell. Without them: as many groups as fit into the rows.
         "bits_per_weight": recorded or 8 * mask.file_bytes / (groups * mask.pattern.m),
-        "bits_bound": mask.pattern.entropy_bits_per_weight,
+        "bits_bound": _bits_bound(mask.pattern, delta.get("changed_share")),
         "config": config,
         "checkpoints": [checkpoint.name for checkpoint in checkpoints_in(folder)],
     }
+
+
+def _bits_bound(pattern: NMPattern, changed: float | None) -> float:
+    """Bits a weight that masks need if all are equally likely; of a delta, those in which this share of groups is changed."""
+    if changed is None:
+        return pattern.entropy_bits_per_weight
+    where = -sum(share * math.log2(share) for share in (changed, 1 - changed) if share > 0)
+    return (where + changed * math.log2(max(pattern.num_candidates - 1, 1))) / pattern.m
 
 
 def _checkpoint(folder: Path) -> dict[str, Any]:

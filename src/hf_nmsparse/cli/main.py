@@ -12,6 +12,7 @@ from .. import __version__
 from .bench import bench
 from .compress import compress
 from .demo import demo
+from .diff import diff
 from .eval import evaluate
 from .inspect import inspect
 from .merge import merge
@@ -66,6 +67,7 @@ app.command("bench")(bench)
 _add("push", push)
 _add("pull", pull)
 _add("inspect", inspect)
+_add("diff", diff)
 _add("verify", verify)
 
 

@@ -70,6 +70,31 @@ RelaxationOption = Annotated[
         "each weight.",
     ),
 ]
+ScheduleOption = Annotated[
+    str,
+    typer.Option(
+        "--schedule",
+        help="How temperature and logit scale go from start to end: linear, cosine, exponential; or constant.",
+    ),
+]
+PriorConfidenceOption = Annotated[
+    bool,
+    typer.Option(
+        "--prior-confidence",
+        help="Start each group the more firmly the surer its criterion was (magnitude, wanda, polish).",
+    ),
+]
+LogitsDtypeOption = Annotated[
+    str,
+    typer.Option("--logits-dtype", help="Of the logits and their gradients: float32, or bfloat16 for half the bytes."),
+]
+OptimizerStatesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--mask-optimizer-states",
+        help="AdamW's states of the logits: float32, 8 bytes a logit; or 8bit, 2 bytes.",
+    ),
+]
 SlorbOption = Annotated[
     int | None,
     typer.Option("--slorb-block", metavar="K", help="Add SLoRB beside the mask: a value a row and K inputs."),

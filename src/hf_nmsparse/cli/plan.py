@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from .common import Answer, facts_table, size, table, verb
 from .models import empty_model
@@ -11,8 +13,10 @@ from .options import (
     DeltaOption,
     DenseLayersOption,
     JsonOption,
+    LogitsDtypeOption,
     LowRankOption,
     ModelArgument,
+    OptimizerStatesOption,
     PatternOption,
     ProjectionOption,
     RelaxationOption,
@@ -24,10 +28,24 @@ if TYPE_CHECKING:
     from ..training import Plan
 
 
+InBackwardOption = Annotated[
+    bool,
+    typer.Option("--in-backward", help="The optimizer steps in the backward pass, so that no gradients are held."),
+]
+CheckpointingOption = Annotated[
+    bool,
+    typer.Option("--gradient-checkpointing", help="Blocks are computed again in the backward pass, so less is held."),
+]
+
+
 def plan(
     model: ModelArgument,
     pattern: PatternOption = "2:4",
     relaxation: RelaxationOption = "candidates",
+    logits_dtype: LogitsDtypeOption = "float32",
+    mask_optimizer_states: OptimizerStatesOption = None,
+    in_backward: InBackwardOption = False,
+    gradient_checkpointing: CheckpointingOption = False,
     slorb_block: SlorbOption = None,
     slorb_train_projection: ProjectionOption = False,
     low_rank: LowRankOption = None,
@@ -48,15 +66,18 @@ def plan(
         config = NMSparseConfig(
             pattern=pattern,
             relaxation=relaxation,
+            logits_dtype=logits_dtype,
             slorb_block=slorb_block,
             slorb_train_projection=slorb_train_projection,
             low_rank=low_rank,
             delta_rank=delta_rank,
             dense_layers=listed(dense_layers) or None,
         )
-        planned = make_plan(empty_model(model), config)
+        states = mask_optimizer_states or "float32"
+        planned = make_plan(empty_model(model), config, states, in_backward, gradient_checkpointing)
         answer.facts = {"model": model, **planned.to_dict()}
         show_plan(answer, model, planned)
+        show_ways(answer, planned)
 
 
 def show_plan(answer: Answer, model: str, planned: Plan) -> None:
@@ -70,7 +91,7 @@ def show_plan(answer: Answer, model: str, planned: Plan) -> None:
             name,
             len(layers),
             f"{rows} x {columns}",
-            size(4 * sum(layer.parameters for layer in layers)),
+            size(sum(layer.logits_bytes for layer in layers)),
             size(4 * sum(layer.term_parameters for layer in layers)) if planned.term_bytes else None,
             size(sum(layer.mask_bytes for layer in layers)),
             reason or size(sum(layer.packed_bytes for layer in layers)),
@@ -95,8 +116,12 @@ def show_plan(answer: Answer, model: str, planned: Plan) -> None:
                 "model as it is": size(planned.model_bytes),
                 f"logits, {planned.logits_dtype}": size(planned.logits_bytes),
                 **({"terms, float32": size(planned.term_bytes)} if planned.term_bytes else {}),
-                "gradients": size(planned.gradient_bytes),
-                "AdamW state": size(planned.optimizer_bytes),
+                f"AdamW states, logits' {planned.optimizer_states}": size(planned.optimizer_bytes),
+                f"gradients{', of the largest layer' if planned.in_backward else ''}": size(planned.gradient_bytes),
+                f"masked weights{', of the largest block' if planned.checkpointing else ''}": size(
+                    planned.masked_weight_bytes
+                ),
+                "gradients and masked weights, at most": size(planned.backward_bytes),
                 "training, without activations": size(planned.training_bytes),
                 "published mask": f"{size(planned.mask_file_bytes)} ({planned.mask_bits_per_weight:.3f} bit a weight)",
                 "pruned layers, dense -> packed": f"{size(planned.dense_bytes)} -> {size(planned.packed_bytes)}",
@@ -104,6 +129,24 @@ def show_plan(answer: Answer, model: str, planned: Plan) -> None:
             },
         )
     )
+
+
+def show_ways(answer: Answer, planned: Plan) -> None:
+    """Add the table of all ways to train the masks to an answer; the chosen one is marked."""
+    chosen = planned.relaxation, planned.logits_dtype, planned.optimizer_states, planned.in_backward
+    rows = (
+        (
+            way.relaxation,
+            way.logits_dtype,
+            way.optimizer_states,
+            "yes" if way.in_backward else "no",
+            *(f"{part / planned.pruned_weights:.2f}" for part in (way.logits, way.gradients, way.states, way.total)),
+            "<" if chosen == (way.relaxation, way.logits_dtype, way.optimizer_states, way.in_backward) else "",
+        )
+        for way in planned.ways
+    )
+    columns = ("relaxation", "dtype", "AdamW", "in backward", "logits", "grads", "states", "sum", "")
+    answer.show(table("bytes a masked weight, of its logits alone", columns, rows))
 
 
 def _grouped(skipped: dict[str, str]) -> list[tuple[str, str]]:

@@ -30,12 +30,14 @@ def pull(
 ) -> None:
     """Fetch a mask, packed or masked model from the Hub, check it, and put it into a folder.
 
-    An earlier mask or packed model in that folder is replaced. Loading by Hub id needs no pull.
+    An earlier mask or packed model in that folder is replaced. Loading by Hub id needs no pull. A mask that is a delta is
+    fetched as one; its general mask stays in the cache.
 
     Example: nmsparse pull me/SmolLM2-135M-mask --output my-mask
     """
     with verb(json_output) as answer:
         from ..hub import verify
+        from ..hub.delta import reference_in, write_reference
         from ..hub.remote import fetch, is_publishable, subfolder
 
         quiet_unless_watched()
@@ -51,6 +53,9 @@ def pull(
             for path in sorted(source.iterdir()):
                 if path.is_file() and is_publishable(path.name):
                     shutil.copyfile(path, staging / path.name)
+            general = reference_in(source)
+            if general is not None and general.is_path:  # from now on it lies elsewhere
+                write_reference(staging, general.in_repo(repo_id, snapshot.name, task))
             report = verify(staging, pattern)
             if not report.ok:
                 raise FormatError(
@@ -66,6 +71,7 @@ def pull(
             "kind": kind.value,
             "pattern": report.pattern,
             "layers": len(report.layers),
+            "delta_to": None if general is None else str(general),
             "bytes": folder_bytes(output),
         }
         answer.show(written_line(output))

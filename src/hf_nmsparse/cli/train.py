@@ -24,13 +24,17 @@ from .options import (
     DtypeOption,
     JsonOption,
     LengthOption,
+    LogitsDtypeOption,
     LowRankOption,
     ModelArgument,
+    OptimizerStatesOption,
     OutputOption,
     OverwriteOption,
     PatternOption,
+    PriorConfidenceOption,
     ProjectionOption,
     RelaxationOption,
+    ScheduleOption,
     SlorbOption,
     listed,
 )
@@ -51,11 +55,20 @@ _DEFAULTS = {"learning_rate": 1e-3, "logging_steps": 10, "save_steps": 100, "sav
 # Fields that a resumed run must share with its checkpoint; the others may follow a new machine or taste.
 _FIXED_FIELDS = (
     *("pattern", "relaxation", "prior_strength", "temperature", "logit_scale", "seed", "dense_layers"),
-    *("resample", "logits_dtype"),
+    *("prior_confidence", "schedule", "resample", "logits_dtype"),
     *("slorb_block", "slorb_init", "slorb_train_projection", "low_rank", "delta_rank"),
 )
 
-DataOption = Annotated[str, typer.Option("--data", metavar="TEXT", help=TEXT_HELP)]
+DataOption = Annotated[str | None, typer.Option("--data", metavar="TEXT", help=TEXT_HELP)]
+SelfDataOption = Annotated[
+    int | None,
+    typer.Option(
+        "--self-data",
+        metavar="TOKENS",
+        min=2,
+        help="Instead of --data: so many tokens that the dense model writes itself.",
+    ),
+]
 EvalDataOption = Annotated[
     str | None, typer.Option("--eval-data", metavar="TEXT", help="Held-out text; of a dataset, the test split.")
 ]
@@ -85,20 +98,6 @@ ResampleOption = Annotated[
         "--resample",
         metavar="WHEN",
         help="How often masks are drawn: micro, for each micro-batch; or step, once a step.",
-    ),
-]
-LogitsDtypeOption = Annotated[
-    str,
-    typer.Option(
-        "--logits-dtype", metavar="DTYPE", help="float32; or bfloat16, in half the bytes, rounded stochastically."
-    ),
-]
-StatesOption = Annotated[
-    str | None,
-    typer.Option(
-        "--mask-optimizer-states",
-        metavar="KIND",
-        help="AdamW's states of the logits: 8bit takes 2 bytes a logit, float32 (the default) 8.",
     ),
 ]
 InBackwardOption = Annotated[
@@ -133,6 +132,35 @@ DistillTemperatureOption = Annotated[
     float | None,
     typer.Option("--distill-temperature", metavar="T", help="How soft the compared predictions are; by default 2."),
 ]
+DistillTopOption = Annotated[
+    int | None,
+    typer.Option("--distill-top-k", metavar="K", help="Compare the K likeliest tokens, and all others as one."),
+]
+DistillHiddenOption = Annotated[
+    float | None,
+    typer.Option("--distill-hidden", metavar="C", help="Compare hidden states too, with this weight; 1/3 was tried."),
+]
+TeacherCacheOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--teacher-cache",
+        metavar="FILE",
+        help="Keep there what the dense base says, so that it runs once for each window; needs --distill-top-k.",
+    ),
+]
+BlockwiseOption = Annotated[
+    int | None,
+    typer.Option(
+        "--blockwise-steps",
+        metavar="N",
+        min=1,
+        help="First learn each block against the dense block's output on the calibration text, N steps each.",
+    ),
+]
+DeltaToOption = Annotated[
+    str | None,
+    typer.Option("--delta-to", metavar="MASK", help="Store the mask as what it changes of this general mask."),
+]
 ResumeOption = Annotated[
     bool, typer.Option("--resume", help="Continue from the newest checkpoint in DIR/checkpoints.")
 ]
@@ -141,8 +169,9 @@ ResumeOption = Annotated[
 def train(
     context: typer.Context,
     model: ModelArgument,
-    data: DataOption,
     output: OutputOption,
+    data: DataOption = None,
+    self_data: SelfDataOption = None,
     recipe: RecipeOption = None,
     pattern: PatternOption = "2:4",
     prior: PriorOption = "magnitude",
@@ -150,10 +179,13 @@ def train(
     relaxation: RelaxationOption = "candidates",
     prior_strength: StrengthOption = 3.0,
     temperature: TemperatureOption = (4.0, 0.05),
+    prior_confidence: PriorConfidenceOption = False,
     logit_scale: ScaleOption = (100.0, 500.0),
+    schedule: ScheduleOption = "linear",
+    blockwise_steps: BlockwiseOption = None,
     resample: ResampleOption = "micro",
     logits_dtype: LogitsDtypeOption = "float32",
-    mask_optimizer_states: StatesOption = None,
+    mask_optimizer_states: OptimizerStatesOption = None,
     optimizer_in_backward: InBackwardOption = False,
     slorb_block: SlorbOption = None,
     slorb_init: SlorbInitOption = None,
@@ -163,6 +195,10 @@ def train(
     distill: DistillOption = False,
     distill_weight: DistillWeightOption = None,
     distill_temperature: DistillTemperatureOption = None,
+    distill_top_k: DistillTopOption = None,
+    distill_hidden: DistillHiddenOption = None,
+    teacher_cache: TeacherCacheOption = None,
+    delta_to: DeltaToOption = None,
     dense_layers: DenseLayersOption = None,
     sequence_length: LengthOption = None,
     eval_data: EvalDataOption = None,
@@ -197,6 +233,8 @@ def train(
             prior_strength=prior_strength,
             temperature=temperature,
             logit_scale=logit_scale,
+            prior_confidence=prior_confidence,
+            schedule=schedule,
             resample=resample,
             logits_dtype=logits_dtype,
             slorb_block=slorb_block,
@@ -210,25 +248,42 @@ def train(
         if checkpoint is not None:
             _check_same(config, checkpoint)
         check_prior(prior)
+        if (data is None) == (self_data is None):
+            raise ConfigError(
+                "give the text to learn from, --data TEXT, or --self-data TOKENS to have the model write it"
+            )
+        taught = distillation(distill, distill_weight, distill_temperature, distill_top_k, distill_hidden)
+        if teacher_cache is not None and distill_top_k is None:
+            raise ConfigError("--teacher-cache keeps the likeliest tokens; it needs --distill --distill-top-k K")
         run = TrainingRun(
-            model,
-            data,
-            eval_data,
-            calibration or data,
-            eval_tokens,
-            sequence_length,
-            prior,
-            distillation(distill, distill_weight, distill_temperature),
-            {"mask_optimizer_states": mask_optimizer_states, "optimizer_in_backward": optimizer_in_backward},
+            name=model,
+            data=data,
+            self_tokens=self_data,
+            eval_data=eval_data,
+            calibration=calibration,
+            eval_tokens=eval_tokens,
+            sequence_length=sequence_length,
+            prior=prior,
+            seed=arguments.seed,
+            blockwise_steps=blockwise_steps,
+            distillation=taught,
+            teacher_file=teacher_cache,
+            general_mask=delta_to,
+            trainer_options={
+                "mask_optimizer_states": mask_optimizer_states,
+                "optimizer_in_backward": optimizer_in_backward,
+            },
         )
         empty = empty_model(model)
-        planned = plan(empty, config)
+        states = mask_optimizer_states or "float32"
+        planned = plan(empty, config, states, optimizer_in_backward, arguments.activation_checkpointing)
         if dry_run:
             run.read(empty)
             answer.facts = {"dry_run": True, "model": model, "data": run.texts, "plan": planned.to_dict()}
             show_plan(answer, model, planned)
             answer.show(*(f"{role}: {text}" for role, text in run.texts.items()))
             return
+        run.check_general_mask(config)
         masked = run.masked_model(config, dtype, resuming=checkpoint is not None)
         if checkpoint is None:
             remove_checkpoints(output)  # there are some only with --overwrite
@@ -273,7 +328,9 @@ def training_arguments(model: str, given: list[str], output: Path) -> TrainingAr
     return arguments
 
 
-def distillation(wanted: bool, weight: float | None, temperature: float | None) -> Distillation | None:
+def distillation(
+    wanted: bool, weight: float | None, temperature: float | None, top_k: int | None, hidden: float | None
+) -> Distillation | None:
     """The `Distillation` that the options mean; those left out take its defaults.
 
     Raises:
@@ -282,10 +339,11 @@ def distillation(wanted: bool, weight: float | None, temperature: float | None) 
     from ..training import Distillation
 
     if not wanted:
-        if weight is not None or temperature is not None:
-            raise ConfigError("--distill-weight and --distill-temperature need --distill")
+        if any(value is not None for value in (weight, temperature, top_k, hidden)):
+            raise ConfigError("--distill-weight, -temperature, -top-k and -hidden need --distill")
         return None
-    values = {} if temperature is None else {"temperature": temperature}
+    given = {"temperature": temperature, "top_k": top_k, "hidden_weight": hidden}
+    values = {name: value for name, value in given.items() if value is not None}
     if weight is not None:
         if not 0 < weight <= 1:
             raise ConfigError(f"--distill-weight must be above 0 and at most 1, got {weight}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import ConfigError
 from .common import Answer, new_results, table, tell
 from .folders import RESULTS_FILE, output_folder, written_line
 from .models import fetching, load_model, load_tokenizer, revision_of, stream, window_length
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from .. import NMSparseConfig
     from ..results import RunResults
-    from ..training import BranchFit, Distillation, NMSparseTrainer
+    from ..training import BranchFit, Distillation, NMSparseTrainer, TeacherCache
 
 _CALIBRATION_SAMPLES = 128
 _WATCHED_WINDOWS = 4  # of the evaluation text, for nm/hard_eval_loss at each log line
@@ -35,23 +36,36 @@ class TrainingRun:
 
     Args:
         name (`str`): Hub id or folder of the base model.
-        data (`str`), eval_data (`str`, *optional*), calibration (`str`): sources of text.
+        data (`str`, *optional*): source of the text to learn from.
+        self_tokens (`int`, *optional*): tokens that the dense model writes instead.
+        eval_data (`str`, *optional*): source of the held-out text.
+        calibration (`str`, *optional*): source of the text for the prior; by default the text to learn from.
         eval_tokens (`int`): tokens of the evaluation text to use.
         sequence_length (`int`, *optional*): tokens a window.
         prior (`str`): criterion or published mask to start from.
+        seed (`int`): of what is drawn.
+        blockwise_steps (`int`, *optional*): steps of a sweep block by block, before the Trainer's.
         distillation (`Distillation`, *optional*): how the dense base teaches, if it does.
+        teacher_file (`Path`, *optional*): where what it says is kept.
+        general_mask (`str`, *optional*): published mask that the learned one is stored as a delta to.
         trainer_options (`dict`): further arguments of `NMSparseTrainer`.
     """
 
     name: str
-    data: str
+    data: str | None
+    self_tokens: int | None
     eval_data: str | None
-    calibration: str
+    calibration: str | None
     eval_tokens: int
     sequence_length: int | None
     prior: str
-    distillation: Distillation | None = None
-    trainer_options: dict[str, Any] = field(default_factory=dict)
+    seed: int
+    blockwise_steps: int | None
+    distillation: Distillation | None
+    teacher_file: Path | None
+    general_mask: str | None
+    trainer_options: dict[str, Any]
+    teacher: TeacherCache | None = None
     tokenizer: Any = None
     length: int = 0
     train_windows: torch.Tensor | None = None
@@ -67,8 +81,11 @@ class TrainingRun:
 
         self.tokenizer = load_tokenizer(self.name)
         self.length = window_length(model, self.sequence_length)
-        self.train_windows = windows(stream(self.data, self.tokenizer), self.length)
-        self.texts["training"] = described(self.data, self.train_windows)
+        if self.data is not None:
+            self.train_windows = windows(stream(self.data, self.tokenizer), self.length)
+            self.texts["training"] = described(self.data, self.train_windows)
+        else:
+            self.texts["training"] = f"{self.self_tokens} tokens, written by the model itself"
         if self.eval_data is not None:
             tokens = stream(self.eval_data, self.tokenizer, "test", joined=True)[: self.eval_tokens]
             self.eval_windows = windows(tokens, self.length)
@@ -81,16 +98,20 @@ class TrainingRun:
         model = load_model(self.name, dtype)
         self.read(model)
         self.measure("dense", model)
+        if self.self_tokens is not None:
+            self._write_own(model)
         config.revision = revision_of(model)
         masked = get_peft_model(model, config)
         if not resuming:
-            self._set_prior(masked, config.seed)
+            self._set_prior(masked)
             if config.low_rank is not None or (config.slorb_block is not None and config.slorb_init == "closed_form"):
-                self._fit_branch(masked, config.seed)
+                self._fit_branch(masked)
             self.measure(f"prior ({self.prior})", masked)
+            if self.blockwise_steps is not None:
+                self._learn_blockwise(masked)
         return masked
 
-    def _set_prior(self, model: PeftModel, seed: int) -> None:
+    def _set_prior(self, model: PeftModel) -> None:
         from ..criteria import get_criterion, known_criteria
         from ..training import set_prior
 
@@ -102,22 +123,45 @@ class TrainingRun:
             return
         tokens = None
         if get_criterion(self.prior).needs != "nothing":
-            tokens = self._calibration_windows(seed)
+            tokens = self._calibration_windows()
         set_prior(model, self.prior, calibration=tokens)
 
-    def _fit_branch(self, model: PeftModel, seed: int) -> None:
+    def _fit_branch(self, model: PeftModel) -> None:
         from ..training import fit_side_branch
 
-        self.fits = fit_side_branch(model, self._calibration_windows(seed))
+        self.fits = fit_side_branch(model, self._calibration_windows())
         tell(self._fitted())
 
-    def _calibration_windows(self, seed: int) -> torch.Tensor:
+    def _write_own(self, model: nn.Module) -> None:
+        """Have the dense model write the text to learn from."""
+        from ..training import self_data
+
+        count = max(1, self.self_tokens // self.length)
+        tell(f"writing {count} windows of {self.length} tokens")
+        self.train_windows = self_data(model, self.tokenizer, count, self.length, seed=self.seed)
+
+    def _learn_blockwise(self, model: PeftModel) -> None:
+        from ..training import learn_blockwise
+
+        report = learn_blockwise(model, self._calibration_windows(), steps=self.blockwise_steps)
+        before, after = (
+            sum(getattr(block, name) for block in report.blocks) / len(report.blocks)
+            for name in ("error_before", "error_after")
+        )
+        tell(f"block by block: mean error of a block's output {before:.4f} -> {after:.4f} on held-out windows")
+        self.measure("block by block", model)
+
+    def _calibration_windows(self) -> torch.Tensor:
         from ..data import windows
 
-        if self.calibration_windows is None:
-            tokens = stream(self.calibration, self.tokenizer)
-            self.calibration_windows = windows(tokens, self.length, _CALIBRATION_SAMPLES, seed)
-            self.texts["calibration"] = described(self.calibration, self.calibration_windows)
+        if self.calibration_windows is None and self.calibration is None and self.self_tokens is not None:
+            self.calibration_windows = self.train_windows[:_CALIBRATION_SAMPLES]
+            self.texts["calibration"] = f"{self.calibration_windows.numel()} of these tokens"
+        elif self.calibration_windows is None:
+            source = self.calibration or self.data
+            tokens = stream(source, self.tokenizer)
+            self.calibration_windows = windows(tokens, self.length, _CALIBRATION_SAMPLES, self.seed)
+            self.texts["calibration"] = described(source, self.calibration_windows)
         return self.calibration_windows
 
     def _fit_errors(self) -> dict[str, float] | None:
@@ -142,7 +186,11 @@ class TrainingRun:
         from transformers import default_data_collator
 
         from ..data import TokenWindows
-        from ..training import MaskMetricsCallback, NMSparseTrainer
+        from ..training import MaskMetricsCallback, NMSparseTrainer, TeacherCache
+
+        if self.teacher_file is not None:
+            there = self.teacher_file.exists()
+            self.teacher = TeacherCache.load(self.teacher_file) if there else TeacherCache(self.distillation)
 
         held_out = self.eval_windows
         return NMSparseTrainer(
@@ -155,6 +203,7 @@ class TrainingRun:
             data_collator=default_data_collator,
             callbacks=[MaskMetricsCallback(eval_tokens=None if held_out is None else held_out[:_WATCHED_WINDOWS])],
             distillation=self.distillation,
+            teacher_cache=self.teacher,
             **self.trainer_options,
         )
 
@@ -167,14 +216,15 @@ class TrainingRun:
 
     def publish(self, answer: Answer, trainer: NMSparseTrainer, output: Path) -> None:
         """Measure the learned mask and write it, with card and results, into `output`."""
-        from ..hub import save_mask
         from ..hub.card import write_card
         from ..pattern import NMPattern
 
         self.measure("learned", trainer.model)
         results = self._results(trainer)
+        if self.teacher is not None:
+            self.teacher.save(self.teacher_file)
         with output_folder(output) as staging:
-            save_mask(trainer.model, staging, results=results)
+            self._save(trainer.model, staging, results)
             size = (staging / _MASK_FILE).stat().st_size
             results.sizes["mask"] = size
             results.mask_bits_per_weight = 8 * size / _masked_weights(trainer.model)
@@ -197,12 +247,42 @@ class TrainingRun:
             answer.show(self._fitted())
         answer.show(f"{results.steps} steps, {results.mask_bits_per_weight:.3f} bit a weight", written_line(output))
 
+    def _save(self, model: PeftModel, folder: Path, results: RunResults) -> None:
+        from ..hub import save_mask
+
+        if self.general_mask is not None:
+            try:
+                save_mask(model, folder, results=results, delta_to=self.general_mask)
+                return
+            except ConfigError as error:  # what has been learned is not lost because it differs too much
+                tell(f"--delta-to: {error}. Saved in full")
+        save_mask(model, folder, results=results)
+
+    def check_general_mask(self, config: NMSparseConfig) -> None:
+        """Refuse, before anything is trained, a general mask that no delta of this pattern can be of."""
+        from ..hub import read_mask
+
+        if self.general_mask is not None:
+            with fetching(self.general_mask):
+                mask = read_mask(self.general_mask)
+            if mask.config.pattern != config.pattern or mask.general is not None:
+                what = f"a {mask.config.pattern} mask" if mask.general is None else f"itself a delta to {mask.general}"
+                raise ConfigError(f"--delta-to {self.general_mask} is {what}; expected a full {config.pattern} mask")
+
     def _taught(self) -> str:
-        """How the distillation is recorded, after the prior."""
+        """How block-wise learning and distillation are recorded, after the prior."""
+        said = "" if self.blockwise_steps is None else f", block by block {self.blockwise_steps} steps each"
         if self.distillation is None:
-            return ""
-        term, loss = self.distillation.distillation_weight, self.distillation.loss_weight
-        return f", distilled: {term:.3g} KL + {loss:.3g} loss, temperature {self.distillation.temperature:g}"
+            return said
+        given = self.distillation
+        classes = "" if given.top_k is None else f" of the {given.top_k} likeliest"
+        terms = [
+            (given.distillation_weight, f"KL{classes}"),
+            (given.hidden_weight, "hidden states"),
+            (given.loss_weight, "loss"),
+        ]
+        shown = " + ".join(f"{weight:.3g} {term}" for weight, term in terms if weight)
+        return f"{said}, distilled: {shown}, temperature {given.temperature:g}"
 
     def _results(self, trainer: NMSparseTrainer) -> RunResults:
         from ..adapter import linear_and_expert_weights

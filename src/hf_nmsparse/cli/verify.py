@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +12,9 @@ from .common import FAILED, facts_table, table, verb
 from .folders import Kind, kind_of
 from .models import load_model, locate
 from .options import JsonOption, RecordedPatternOption, RevisionOption, TaskOption
+
+if TYPE_CHECKING:
+    from ..hub import PublishedMask
 
 PathArgument = Annotated[str, typer.Argument(metavar="PATH", help="Folder or Hub repo of a mask or model.")]
 BaseOption = Annotated[
@@ -34,6 +36,7 @@ def verify(
     Example: nmsparse verify my-packed-model
     """
     with verb(json_output) as answer:
+        from ..hub import read_mask
         from ..hub import verify as check
 
         folder = locate(path, True, revision, task)
@@ -42,9 +45,9 @@ def verify(
             raise ConfigError(f"{path} ({kind.value}): verify takes published masks, masked and packed models")
         if base is not None and kind is not Kind.MASK:
             raise ConfigError(f"--base is for masks; {path} is a {kind.value}")
-        report = check(folder, pattern)
+        report = check(path, pattern, revision, task)
         if base is not None:
-            _check_fit(folder, base)
+            _check_fit(read_mask(path, revision, task), base)
         broken = {name: counts.over for name, counts in report.layers.items() if counts.over}
         answer.facts = {
             "path": path,
@@ -76,9 +79,9 @@ def verify(
             answer.show(table("broken layers", ("layer", "groups over"), worst))
 
 
-def _check_fit(mask: Path, base: str) -> None:
+def _check_fit(mask: PublishedMask, base: str) -> None:
     """Raise unless the mask was made for the weights of the base."""
     from ..adapter import base_weights
-    from ..hub import match_to_model, read_mask
+    from ..hub import match_to_model
 
-    match_to_model(read_mask(mask), base_weights(load_model(base)))
+    match_to_model(mask, base_weights(load_model(base)))

@@ -7,10 +7,12 @@ from .base import (
     Choice,
     Criterion,
     InputStatistics,
+    confident_criteria,
     get_criterion,
     keep_highest,
     known_criteria,
     register_criterion,
+    score_confidence,
 )
 from .engine import WalkOptions, walk
 from .ledger import finished_layers
@@ -23,7 +25,16 @@ from .ria import RIA
 from .sensitivity import LayerSensitivity, SensitivityReport, sensitivity
 from .sparsegpt import SparseGPT
 from .sparsellm import SparseLLM
-from .targets import Target, expert_view, find_stacks, find_weights, in_place, name_matches, without_routers
+from .targets import (
+    Target,
+    expert_view,
+    find_stacks,
+    find_weights,
+    in_place,
+    modules_in_range,
+    name_matches,
+    without_routers,
+)
 from .wanda import Wanda
 
 __all__ = [
@@ -45,6 +56,7 @@ __all__ = [
     "Target",
     "WalkOptions",
     "Wanda",
+    "confident_criteria",
     "expert_view",
     "find_stacks",
     "find_weights",
@@ -53,12 +65,14 @@ __all__ = [
     "in_place",
     "keep_highest",
     "known_criteria",
+    "modules_in_range",
     "name_matches",
     "polish_mask",
     "prune",
     "refit_weights",
     "register_criterion",
     "rounded_weight",
+    "score_confidence",
     "search_input_scale",
     "search_input_scales",
     "sensitivity",

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedError
 from ..ops import top_n_mask
 from ..pattern import NMPattern, Pattern
 
@@ -86,12 +87,14 @@ class Criterion(ABC):
             `"inputs"`: `inputs` (keeps the inputs of all layers of one block in memory).
         unstructured (`bool`): whether it also takes `Unstructured` patterns.
         updates_weights (`bool`): whether `choose` gives new values to kept weights.
+        has_confidence (`bool`): whether it has `confidence`.
     """
 
     name: ClassVar[str]
     needs: Needs = "nothing"
     unstructured: bool = False
     updates_weights: bool = False
+    has_confidence: bool = False
 
     @abstractmethod
     def mask(self, weight: torch.Tensor, statistics: InputStatistics | None, pattern: Pattern) -> torch.Tensor:
@@ -116,6 +119,28 @@ class Criterion(ABC):
         for name, weight in inputs.weights.items():
             yield name, self.choose(weight, inputs.statistics[name], inputs.pattern)
 
+    def confidence(
+        self, weight: torch.Tensor, mask: torch.Tensor, statistics: InputStatistics | None, pattern: NMPattern
+    ) -> torch.Tensor:
+        """How sure this criterion is of a mask that it has just chosen: how much worse the next best choice of each group is.
+
+        Only the order within one weight matters; the unit is the criterion's own.
+
+        Args:
+            weight, statistics, pattern: as for `mask`.
+            mask (`torch.Tensor`): bool `[out, in]`.
+
+        Returns:
+            float32 `[out, groups]`, 0 where another choice is as good; infinite where there is no other (a tail that keeps
+            all it has).
+
+        Raises:
+            UnsupportedError: if the criterion does not know (`has_confidence` is False).
+        """
+        raise UnsupportedError(
+            f"criterion {self.name!r} does not tell how sure it is of a group; these do: {', '.join(confident_criteria())}"
+        )
+
     def stages(self, names: list[str], block: nn.Module) -> list[list[str]]:
         """Split the layers of a block into stages: inputs of a later one are measured with the earlier ones pruned."""
         return [names]
@@ -139,6 +164,28 @@ def keep_highest(scores: torch.Tensor, pattern: Pattern, whole_layer: bool = Fal
     kept = compared.shape[1] - pattern.num_pruned(compared.shape[1])
     mask = torch.zeros_like(compared, dtype=torch.bool).scatter_(1, order[:, :kept], True)
     return mask.view(scores.shape)
+
+
+def score_confidence(scores: torch.Tensor, mask: torch.Tensor, pattern: NMPattern) -> torch.Tensor:
+    """`Criterion.confidence` of a mask of the highest scores: the lowest kept score less the highest pruned one of each
+    group, relative to their mean.
+
+    Args:
+        scores (`torch.Tensor`): at least 0, `[out, in]`.
+        mask (`torch.Tensor`): bool `[out, in]`, follows `pattern`.
+        pattern (`NMPattern`): n kept of m.
+
+    Returns:
+        float32 `[out, groups]`, from 0 to 2; 0 where both are 0; infinite in tails of which nothing is pruned.
+    """
+    padding = (0, -scores.shape[1] % pattern.m)
+    pruned = F.pad(~mask, padding)  # what is beyond the end is neither kept nor pruned
+    kept = F.pad(mask, padding)
+    scores = F.pad(scores.float(), padding)
+    lowest = scores.masked_fill(~kept, torch.inf).unflatten(1, (-1, pattern.m)).amin(-1)
+    highest = scores.masked_fill(~pruned, -torch.inf).unflatten(1, (-1, pattern.m)).amax(-1)
+    relative = 2 * (lowest - highest) / (lowest + highest)
+    return relative.where(lowest + highest > 0, 0).where(highest >= 0, torch.inf)
 
 
 _REGISTRY: dict[str, type[Criterion]] = {}
@@ -167,6 +214,11 @@ def register_criterion(criterion: CriterionType) -> CriterionType:
 def known_criteria() -> list[str]:
     """Names of all registered criteria, sorted."""
     return sorted(_REGISTRY)
+
+
+def confident_criteria() -> list[str]:
+    """Names of the registered criteria that tell how sure they are of each group, sorted."""
+    return sorted(name for name, criterion in _REGISTRY.items() if criterion.has_confidence)
 
 
 def get_criterion(criterion: str | Criterion | type[Criterion]) -> Criterion:

@@ -27,7 +27,7 @@ from ..fingerprint import digest, fingerprint, to_hex
 from ..pattern import NMPattern, Pattern, parse_pattern
 from .base import NEEDS, BlockInputs, Choice, Criterion, InputStatistics, Needs, check_takes, get_criterion
 from .blocks import Sample, evaluating, in_order_of_execution, record_sample, run_block
-from .ledger import Ledger, check_mask
+from .ledger import Ledger, check_mask, identity_of, identity_of_batch
 from .offload import change_when_loaded, is_offloaded, present
 from .refit import refit_weights
 from .reordering import Reordering
@@ -367,15 +367,13 @@ class Walk:
     def _seen(self, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """The batches, noting what they are: a run that goes on must have the same."""
         for batch in batches:
-            parts = {key: value for key, value in sorted(batch.items()) if isinstance(value, torch.Tensor)}
-            self._batches.append({key: to_hex(digest(value)) for key, value in parts.items()})
+            self._batches.append(identity_of_batch(batch))
             yield batch
 
     def _resume(self) -> None:
         """Take over what a killed walk has left in the checkpoint folder."""
         if self.ledger.folder is None:
             return
-        known = (fingerprint(parameter) for parameter in self.model.parameters())
         self.ledger.open_folder(
             {
                 "criterion": _described(self.criterion),
@@ -387,7 +385,7 @@ class Walk:
                 "calibration": self._batches,
                 "layers": [target.name for target in self.targets],
                 # Those on disk are compared when their block is reached.
-                "parameters": to_hex(digest(torch.cat([one for one in known if one is not None]))),
+                "parameters": identity_of(self.model.parameters()),
             }
         )
         self.bar.initial = self.bar.n = len(self.ledger.layers)  # so that the time left is that of the others

@@ -18,6 +18,7 @@ from safetensors.torch import save
 from .. import ops
 from ..errors import ConfigError, FormatError, PatternError
 from ..files import read_json, write_file
+from ..fingerprint import digest, fingerprint, to_hex
 from ..pattern import NMPattern, Pattern
 from .base import Choice
 from .report import LayerReport
@@ -171,26 +172,10 @@ class Ledger:
             ConfigError: if the folder belongs to another run.
             FormatError: naming a file that is damaged.
         """
-        wanted = json.loads(json.dumps(run))
-        path = self.folder / RUN_FILE
-        found = read_json(path)
-        if found is None:
-            if self.folder.is_dir() and any(not path.name.startswith(".") for path in self.folder.iterdir()):
-                raise ConfigError(f"checkpoint_folder {self.folder} holds other files; name an empty or new folder")
-            write_file(path, json.dumps(wanted, indent=1) + "\n")
-            return
-        if different := sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key)):
-            key = different[0]
-            raise ConfigError(
-                f"checkpoint_folder {self.folder} is of another run: its {key} {_difference(found.get(key), wanted.get(key))}; "
-                "repeat that run, name another folder, or remove this one"
-            )
-        files = sorted(self.folder.glob("*.safetensors"))
+        files = open_run_folder(self.folder, run)
         for file in files:
             self._read_block(file)
-        if files:
-            logger.info("resumed from %s: %d blocks are finished", self.folder, len(files))
-        position = {name: index for index, name in enumerate(wanted["layers"])}
+        position = {name: index for index, name in enumerate(run["layers"])}
         self.layers.sort(key=lambda layer: position[layer.name])
         self._orders = dict(sorted(self._orders.items(), key=lambda item: position[item[0]]))
 
@@ -240,6 +225,49 @@ class Ledger:
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise FormatError(f"{path} is damaged ({error}); remove it, and its block is pruned again") from error
         self.layers += [LayerReport(**report) for report in reports]
+
+
+def open_run_folder(folder: Path, run: Mapping[str, object]) -> list[Path]:
+    """The files of the blocks that an earlier call of the same run has finished; a new folder is made, and told of which run.
+
+    Args:
+        folder (`Path`): the folder.
+        run (`Mapping[str, object]`): what the results depend on, as JSON.
+
+    Raises:
+        ConfigError: if the folder belongs to another run, or to something else.
+        FormatError: if its description of the run is damaged.
+    """
+    wanted = json.loads(json.dumps(run))
+    path = folder / RUN_FILE
+    found = read_json(path)
+    if found is None:
+        if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
+            raise ConfigError(f"checkpoint_folder {folder} holds other files; name an empty or new folder")
+        write_file(path, json.dumps(wanted, indent=1) + "\n")
+        return []
+    if different := sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key)):
+        key = different[0]
+        raise ConfigError(
+            f"checkpoint_folder {folder} is of another run: its {key} {_difference(found.get(key), wanted.get(key))}; "
+            "repeat that run, name another folder, or remove this one"
+        )
+    files = sorted(folder.glob("*.safetensors"))
+    if files:
+        logger.info("resumed from %s: %d blocks are finished", folder, len(files))
+    return files
+
+
+def identity_of_batch(batch: Mapping[str, object]) -> dict[str, str]:
+    """Digests of the tensors of a batch: a run that goes on must have the same."""
+    parts = {key: value for key, value in sorted(batch.items()) if isinstance(value, torch.Tensor)}
+    return {key: to_hex(digest(value)) for key, value in parts.items()}
+
+
+def identity_of(parameters: Iterable[torch.Tensor]) -> str:
+    """One digest of samples of all parameters; those that cannot be read (quantised, on disk) are left out."""
+    known = (fingerprint(parameter) for parameter in parameters)
+    return to_hex(digest(torch.cat([one for one in known if one is not None])))
 
 
 def check_mask(mask: object, weight: torch.Tensor, where: str) -> None:

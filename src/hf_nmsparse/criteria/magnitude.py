@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import torch
 
-from ..pattern import Pattern
-from .base import Criterion, InputStatistics, keep_highest, register_criterion
+from ..pattern import NMPattern, Pattern
+from .base import Criterion, InputStatistics, keep_highest, register_criterion, score_confidence
 
 
 @register_criterion
@@ -16,6 +16,12 @@ class Magnitude(Criterion):
     name = "magnitude"
     needs = "nothing"
     unstructured = True
+    has_confidence = True
 
     def mask(self, weight: torch.Tensor, statistics: InputStatistics | None, pattern: Pattern) -> torch.Tensor:
         return keep_highest(weight.abs(), pattern, whole_layer=True)
+
+    def confidence(
+        self, weight: torch.Tensor, mask: torch.Tensor, statistics: InputStatistics | None, pattern: NMPattern
+    ) -> torch.Tensor:
+        return score_confidence(weight.abs(), mask, pattern)

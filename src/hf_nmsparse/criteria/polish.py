@@ -50,6 +50,7 @@ class Polish(Criterion):
     """
 
     name = "polish"
+    has_confidence = True
 
     def __init__(self, start: str | Criterion = "wanda", sweeps: int = 2, power: float = POWER) -> None:
         if sweeps < 1:
@@ -60,23 +61,44 @@ class Polish(Criterion):
         self.sweeps = sweeps
         self.power = power
         self.needs = "inputs" if self.start.needs == "inputs" else "hessian"
+        self._latest: tuple[InputStatistics, torch.Tensor] | None = None
 
     def stages(self, names: list[str], block: nn.Module) -> list[list[str]]:
         return self.start.stages(names, block)
 
     def choose_block(self, inputs: BlockInputs) -> Iterator[tuple[str, Choice]]:
-        latest, objective = None, None
-        for name, choice in self.start.choose_block(inputs):
-            statistics = inputs.statistics[name]
-            if statistics is not latest:  # layers with the same input follow one another and share the power
-                latest, objective = statistics, None  # two of them are never in memory
-                objective = hessian_power(statistics.hessian, self.power)
-            weight, hessian = inputs.weights[name], statistics.hessian
-            yield name, Choice(polish_mask(weight, choice.mask, hessian, inputs.pattern, self.sweeps, objective))
+        try:
+            for name, choice in self.start.choose_block(inputs):
+                weight, statistics = inputs.weights[name], inputs.statistics[name]
+                yield name, Choice(self._polished(weight, choice.mask, statistics, inputs.pattern))
+        finally:
+            self._latest = None
 
     def mask(self, weight: torch.Tensor, statistics: InputStatistics | None, pattern: NMPattern) -> torch.Tensor:
-        start, hessian = self.start.mask(weight, statistics, pattern), statistics.hessian
-        return polish_mask(weight, start, hessian, pattern, self.sweeps, hessian_power(hessian, self.power))
+        try:
+            return self._polished(weight, self.start.mask(weight, statistics, pattern), statistics, pattern)
+        finally:
+            self._latest = None
+
+    def confidence(
+        self, weight: torch.Tensor, mask: torch.Tensor, statistics: InputStatistics | None, pattern: NMPattern
+    ) -> torch.Tensor:
+        """By how much the next best candidate of a group raises what was descended on, relative to the error of pruning all
+        its weights, each alone. Above 70 candidates the next best exchange."""
+        return choice_margins(weight, mask, self._objective(statistics), pattern)
+
+    def _polished(
+        self, weight: torch.Tensor, start: torch.Tensor, statistics: InputStatistics, pattern: NMPattern
+    ) -> torch.Tensor:
+        objective = self._objective(statistics)
+        return polish_mask(weight, start, statistics.hessian, pattern, self.sweeps, objective)
+
+    def _objective(self, statistics: InputStatistics) -> torch.Tensor:
+        """The power of H; layers with the same input follow one another and share it."""
+        if self._latest is None or self._latest[0] is not statistics:
+            self._latest = None  # two of them are never in memory
+            self._latest = statistics, hessian_power(statistics.hessian, self.power)
+        return self._latest[1]
 
 
 def polish_mask(
@@ -115,19 +137,58 @@ def polish_mask(
     return torch.where(improved[:, None], polished, mask)
 
 
-def _sweep(weight: torch.Tensor, kept: torch.Tensor, hessian: torch.Tensor, pattern: NMPattern) -> bool:
-    """One pass over all groups; changes `kept` (`[in, out]`) in place and tells whether anything changed."""
-    in_features = len(weight)
-    removed = torch.where(kept, 0, -weight)  # D^T
-    step = BLOCK_COLUMNS // pattern.m * pattern.m
-    changed = torch.zeros((), dtype=torch.bool, device=weight.device)
-    for start in range(0, in_features, step):
-        rows = hessian[start : start + step].clone()  # [block, in]
-        groups = [slice(g, min(g + pattern.m, len(rows))) for g in range(0, len(rows), pattern.m)]
+def choice_margins(
+    weight: torch.Tensor, mask: torch.Tensor, hessian: torch.Tensor, pattern: NMPattern
+) -> torch.Tensor:
+    """By how much another choice in one group alone raises `tr((W*M - W) H (W*M - W)^T)` at least, in float32.
+
+    Args:
+        weight (`torch.Tensor`): `[out, in]`, any float dtype.
+        mask (`torch.Tensor`): bool `[out, in]`, follows `pattern`.
+        hessian (`torch.Tensor`): symmetric float32 `[in, in]`.
+        pattern (`NMPattern`): n kept of m. Up to 70 candidates all are tried, above all exchanges of one weight for another.
+
+    Returns:
+        float32 `[out, groups]`, relative to `sum_j H_jj w_j^2` over the group; 0 where it would not rise, or that sum is 0;
+        infinite where there is no other choice.
+    """
+    weight_t, kept_t = weight.float().t().contiguous(), mask.t()
+    removed = torch.where(kept_t, 0, -weight_t)
+    margins = []
+    for start, groups, own, _, outside in _blocks(hessian, removed, pattern.m):
+        for g, own_hessian in zip(groups, own, strict=True):
+            here = slice(start + g.start, start + g.stop)
+            if g.stop - g.start <= pattern.n:
+                margins.append(torch.full_like(weight_t[0], torch.inf))
+                continue
+            group = NMPattern(pattern.n, g.stop - g.start)
+            parts = weight_t[here], kept_t[here], removed[here], outside[g], own_hessian, group
+            rise = (_rises if group.num_candidates <= MAX_ENUMERATED else _exchange_rises)(*parts).amin(0)
+            scale = own_hessian.diagonal() @ weight_t[here].square()
+            margins.append((rise.clamp_min(0) / scale).where(scale > 0, 0))
+    return torch.stack(margins, dim=1)
+
+
+def _blocks(
+    hessian: torch.Tensor, removed: torch.Tensor, m: int
+) -> Iterator[tuple[int, list[slice], list[torch.Tensor], torch.Tensor, torch.Tensor]]:
+    """Blocks of columns: the first, their groups within the block, the part of H of each group, the rows of H without
+    those parts (`[block, in]`), and G^T without the share of each weight's own group (`[block, out]`)."""
+    step = BLOCK_COLUMNS // m * m
+    for start in range(0, len(removed), step):
+        rows = hessian[start : start + step].clone()
+        groups = [slice(g, min(g + m, len(rows))) for g in range(0, len(rows), m)]
         own = [rows[g, start + g.start : start + g.stop].clone() for g in groups]
         for g in groups:
             rows[g, start + g.start : start + g.stop] = 0
-        outside = rows @ removed  # [block, out]: G^T without the share of the own group
+        yield start, groups, own, rows, rows @ removed
+
+
+def _sweep(weight: torch.Tensor, kept: torch.Tensor, hessian: torch.Tensor, pattern: NMPattern) -> bool:
+    """One pass over all groups; changes `kept` (`[in, out]`) in place and tells whether anything changed."""
+    removed = torch.where(kept, 0, -weight)  # D^T
+    changed = torch.zeros((), dtype=torch.bool, device=weight.device)
+    for start, groups, own, rows, outside in _blocks(hessian, removed, pattern.m):
         for g, own_hessian in zip(groups, own, strict=True):
             if g.stop - g.start <= pattern.n:
                 continue  # a tail that keeps all it has
@@ -175,13 +236,38 @@ def _best_candidate(
     hessian: torch.Tensor,
     pattern: NMPattern,
 ) -> torch.Tensor:
-    candidates, first, second, table = _candidate_table(pattern, weight.device)
-    alone = weight * (hessian.diagonal()[:, None] * weight - 2 * outside)  # error of pruning one weight
-    together = weight[first] * weight[second] * (2 * hessian[first, second])[:, None]  # extra of pruning two
-    error, best = (table @ torch.cat([alone, together])).min(0)  # [C, out] -> [out]
+    candidates = _candidate_table(pattern, weight.device)[0]
+    errors, alone = _candidate_errors(weight, outside, hessian, pattern)
+    error, best = errors.min(0)  # [C, out] -> [out]
     current = (removed * (2 * outside + hessian @ removed)).sum(0)
     gains = current - error > ROUNDING * alone.abs().sum(0)
     return torch.where(gains, candidates[:, best], kept)
+
+
+def _candidate_errors(
+    weight: torch.Tensor, outside: torch.Tensor, hessian: torch.Tensor, pattern: NMPattern
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Errors of all candidates of one group, `[C, out]`, and of pruning each weight alone, `[m, out]`."""
+    _, first, second, table = _candidate_table(pattern, weight.device)
+    alone = weight * (hessian.diagonal()[:, None] * weight - 2 * outside)
+    together = weight[first] * weight[second] * (2 * hessian[first, second])[:, None]  # extra of pruning two
+    return table @ torch.cat([alone, together]), alone
+
+
+def _rises(
+    weight: torch.Tensor,
+    kept: torch.Tensor,
+    removed: torch.Tensor,
+    outside: torch.Tensor,
+    hessian: torch.Tensor,
+    pattern: NMPattern,
+) -> torch.Tensor:
+    """By how much the error rises with each candidate of one group, `[C, out]`; infinite for the one that is kept."""
+    errors, _ = _candidate_errors(weight, outside, hessian, pattern)
+    candidates = _candidate_table(pattern, weight.device)[0]
+    is_kept = (kept[:, None] == candidates[:, :, None]).all(0)
+    current = errors.masked_fill(~is_kept, 0).sum(0)  # by the same rounding as the others
+    return (errors - current).masked_fill(is_kept, torch.inf)
 
 
 def _best_exchanges(
@@ -192,11 +278,32 @@ def _best_exchanges(
     square = hessian.diagonal()[:, None] * weight * weight
     for _ in range(min(pattern.n, pattern.m - pattern.n)):
         linear = 2 * weight * (outside + hessian @ torch.where(kept, 0, -weight))
-        prune = (square - linear).masked_fill(~kept, torch.inf)
-        restore = (square + linear).masked_fill(kept, torch.inf)
-        change, best = (prune[:, None] + restore - cross).flatten(0, 1).min(0)
+        change, best = _exchange_changes(kept, square, linear, cross).min(0)
         gains = change < -ROUNDING * (square + linear.abs()).sum(0)
         if not gains.any():
             break
         kept = kept ^ (((positions == best // pattern.m) | (positions == best % pattern.m)) & gains)
     return kept
+
+
+def _exchange_changes(
+    kept: torch.Tensor, square: torch.Tensor, linear: torch.Tensor, cross: torch.Tensor
+) -> torch.Tensor:
+    """Change of the error by pruning one kept weight and restoring a pruned one, `[m * m, out]`; infinite for other pairs."""
+    prune = (square - linear).masked_fill(~kept, torch.inf)
+    restore = (square + linear).masked_fill(kept, torch.inf)
+    return (prune[:, None] + restore - cross).flatten(0, 1)
+
+
+def _exchange_rises(
+    weight: torch.Tensor,
+    kept: torch.Tensor,
+    removed: torch.Tensor,
+    outside: torch.Tensor,
+    hessian: torch.Tensor,
+    pattern: NMPattern,
+) -> torch.Tensor:
+    """As `_rises`, for exchanges of one weight: `[m * m, out]`."""
+    cross = 2 * hessian[:, :, None] * weight[:, None] * weight
+    square = hessian.diagonal()[:, None] * weight * weight
+    return _exchange_changes(kept, square, 2 * weight * (outside + hessian @ removed), cross)

@@ -316,7 +316,16 @@ def check_targets(targets: list[Target]) -> None:
             raise UnsupportedError(f"{target.name}: its weight is on the meta device; load the model with its weights")
 
 
-def _in_blocks(stacks: list[tuple[str, nn.ModuleList]], found: dict[str, Target], blocks: str) -> dict[str, Target]:
+def modules_in_range(stacks: list[tuple[str, nn.ModuleList]], blocks: str) -> set[nn.Module]:
+    """The modules inside some blocks of each stack.
+
+    Args:
+        stacks: as from `find_stacks`.
+        blocks (`str`): `"first:last"`, without `last` itself; numbers, or percent of the blocks rounded down.
+
+    Raises:
+        ConfigError: if `blocks` cannot be read.
+    """
     match = re.fullmatch(r"\s*(?:(\d+)(%?))?\s*:\s*(?:(\d+)(%?))?\s*", blocks)
     if match is None:
         raise ConfigError(f"layers {blocks!r}: expected a range of blocks, for example '0:50%', '4:' or '2:10'")
@@ -327,6 +336,11 @@ def _in_blocks(stacks: list[tuple[str, nn.ModuleList]], found: dict[str, Target]
             for number, percent, default in ((match[1], match[2], 0), (match[3], match[4], len(stack)))
         )
         inside.update(module for block in stack[first:last] for module in block.modules())
+    return inside
+
+
+def _in_blocks(stacks: list[tuple[str, nn.ModuleList]], found: dict[str, Target], blocks: str) -> dict[str, Target]:
+    inside = modules_in_range(stacks, blocks)
     left = {name: target for name, target in found.items() if target.module in inside}
     if not left:
         sizes = ", ".join(f"{name!r} has {len(stack)}" for name, stack in stacks)

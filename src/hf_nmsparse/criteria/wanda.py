@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import torch
 
-from ..pattern import Pattern
-from .base import Criterion, InputStatistics, keep_highest, register_criterion
+from ..pattern import NMPattern, Pattern
+from .base import Criterion, InputStatistics, keep_highest, register_criterion, score_confidence
 
 
 @register_criterion
@@ -20,6 +20,16 @@ class Wanda(Criterion):
     name = "wanda"
     needs = "norms"
     unstructured = True
+    has_confidence = True
 
     def mask(self, weight: torch.Tensor, statistics: InputStatistics | None, pattern: Pattern) -> torch.Tensor:
-        return keep_highest(weight.float().abs() * statistics.squared_norm.sqrt(), pattern)
+        return keep_highest(_scores(weight, statistics), pattern)
+
+    def confidence(
+        self, weight: torch.Tensor, mask: torch.Tensor, statistics: InputStatistics | None, pattern: NMPattern
+    ) -> torch.Tensor:
+        return score_confidence(_scores(weight, statistics), mask, pattern)
+
+
+def _scores(weight: torch.Tensor, statistics: InputStatistics) -> torch.Tensor:
+    return weight.float().abs() * statistics.squared_norm.sqrt()

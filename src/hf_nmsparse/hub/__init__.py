@@ -2,16 +2,20 @@
 """Published masks and packed models: writing, reading, checking."""
 
 from .deploy import compress, decompress
+from .diff import Difference, MaskDiff, diff_masks
 from .mask_file import PublishedMask, mask_summary, read_mask
 from .masks import load_mask, match_to_model, save_mask
 from .publish import push_folder, push_mask
 from .verify import VerifyReport, verify
 
 __all__ = [
+    "Difference",
+    "MaskDiff",
     "PublishedMask",
     "VerifyReport",
     "compress",
     "decompress",
+    "diff_masks",
     "load_mask",
     "mask_summary",
     "match_to_model",

@@ -39,6 +39,10 @@ _WITHOUT_IMPORT = {
     "would load a model with random weights.",
     "mask": "Without the import the load fails, as it must: PEFT stops with `KeyError: 'NMSPARSE'`.",
 }
+_ONLY_OURS = (
+    "PEFT's and Transformers' own loaders refuse it, because they cannot put a delta together. If the general mask has moved, "
+    "name its place: `nms.load_mask(model, ..., general=...)`."
+)
 _KINDS = {  # -> how a title begins, the relation to the base on the Hub, the library
     "mask": ("Mask for", "adapter", "hf_nmsparse"),
     "packed": ("Packed sparse model made from", "quantized", "transformers"),
@@ -230,6 +234,12 @@ def _summary(results: RunResults, kind: Kind, pattern: Pattern | None) -> str:
         return (
             f"This is an N:M sparsity mask for {base}: it says which {rule} of each pruned linear layer are kept. The "
             "repository does not hold the base model: that is loaded first."
+            + (
+                f" It is stored as a delta to {prose(results.delta_to)}: only the groups that differ from that general mask, "
+                "which is read with it."
+                if results.delta_to
+                else ""
+            )
         )
     return (
         f"This is {base} with N:M sparse linear layers: of each pruned layer {rule} are kept. Only the kept values and "
@@ -324,7 +334,8 @@ def _load(results: RunResults, kind: Kind, repo_id: str | None) -> str:
         code = fenced(f"import hf_nmsparse\n{plain}", "python")
     else:
         code = _mask_code(results, repo)
-    return "\n\n".join([_IMPORT_FIRST, fenced(_INSTALL, "bash"), code, _WITHOUT_IMPORT[kind]])
+    unregistered = _ONLY_OURS if results.delta_to and kind == "mask" else _WITHOUT_IMPORT[kind]
+    return "\n\n".join([_IMPORT_FIRST, fenced(_INSTALL, "bash"), code, unregistered])
 
 
 def _packing(results: RunResults, plain: str) -> str:
@@ -352,6 +363,8 @@ def _mask_code(results: RunResults, repo: str) -> str:
         f"{head}from peft import PeftModel\n{model}model = PeftModel.from_pretrained(model, {repo})", "python"
     )
     with_nms = fenced(f"{head}{model}model = nms.load_mask(model, {repo})", "python")
+    if results.delta_to:
+        return with_nms
     return f"{with_peft}\n\nor, without PEFT's own entry point,\n\n{with_nms}"
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading a published mask from a folder or repo, strictly (docs/FORMAT.md, section 3). No model is needed."""
+"""Reading a published mask from a folder or repo, strictly (docs/FORMAT.md, sections 3 and 9). No model is needed."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME
 from safetensors import SafetensorError, safe_open
 
 from ..adapter import NMSparseConfig, term_shapes
-from ..errors import ConfigError, FormatError
+from ..errors import ConfigError, FormatError, HubError
 from ..fingerprint import FINGERPRINT_BYTES, digest
 from ..pattern import NMPattern
+from .delta import FIELD, MASK_FILES, GeneralMask, check_delta_fits, codes_of_delta
 from .remote import local_folder
 
 PREFIX = "base_model.model."  # PEFT's name for the wrapped model, so that its own loaders read the file
 PARTS = ("nmsparse_packed", "nmsparse_digest", "nmsparse_base")
+DELTA_PARTS = ("nmsparse_changes", "nmsparse_digest", "nmsparse_base")
 _MAX_CONFIG_BYTES = 1 << 20
 
 
@@ -32,11 +34,13 @@ class LayerMask:
         packed (`torch.Tensor`): packed codes, uint8 `[out, bytes]`.
         base (`torch.Tensor`): fingerprint of the base weight, uint8 `[16]`; zero where it was unknown.
         terms (`dict[str, torch.Tensor]`): float tensors of the terms beside the mask, by container name.
+        changed (`int`, *optional*): of a delta, the groups that differ from its general mask.
     """
 
     packed: torch.Tensor
     base: torch.Tensor
     terms: dict[str, torch.Tensor] = field(default_factory=dict)
+    changed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -48,12 +52,15 @@ class PublishedMask:
         layers (`dict[str, LayerMask]`): by module name.
         source (`str`): where it came from.
         file_bytes (`int`): size of the mask file.
+        general (`GeneralMask`, *optional*): if it is stored as a delta, where it says that its general mask lies. Its layers
+            here are complete all the same.
     """
 
     config: NMSparseConfig
     layers: dict[str, LayerMask]
     source: str
     file_bytes: int
+    general: GeneralMask | None = None
 
     @property
     def pattern(self) -> NMPattern:
@@ -61,46 +68,113 @@ class PublishedMask:
         return NMPattern(self.config.pattern)
 
 
-def read_mask(source: str | os.PathLike, revision: str | None = None, task: str | None = None) -> PublishedMask:
+def read_mask(
+    source: str | os.PathLike,
+    revision: str | None = None,
+    task: str | None = None,
+    general: str | os.PathLike | PublishedMask | None = None,
+) -> PublishedMask:
     """Read and check a published mask: config, header, shapes, digests, codes. No model is needed.
 
     Args:
         source (`str` or `Path`): folder or Hub repo.
         revision (`str`, *optional*): branch, tag or commit of the repo.
         task (`str`, *optional*): subfolder, where a repo holds masks of several tasks.
+        general (`str`, `Path` or `PublishedMask`, *optional*): the general mask of a delta, if it is not where the delta
+            says: folder, Hub repo, or what `read_mask` returned.
 
     Raises:
-        FormatError: on anything that `save_mask` cannot have written, naming the tensor.
-        ConfigError: if it is a training checkpoint.
+        FormatError: on anything that `save_mask` cannot have written, naming the tensor; or if the general mask of a delta
+            is another one.
+        ConfigError: if it is a training checkpoint, or `general` is given for a mask that is no delta.
         HubError: if the repo cannot be fetched.
     """
-    names = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
-    folder = local_folder(source, revision, task, names)  # both of one commit
-    for name in names:
+    stored = _read_stored(source, revision, task)
+    if stored.general is None:
+        if general is not None:
+            raise ConfigError(f"{source} is no delta: it holds all of its codes; leave general= out")
+        return _complete(stored)
+    try:
+        whole = general if isinstance(general, PublishedMask) else _read_general(stored, general)
+    except (ConfigError, FormatError, HubError) as error:
+        raise type(error)(
+            f"{source} is a delta, and its general mask cannot be read: {error}; if that moved, pass its place as general="
+        ) from error
+    return _complete(stored, whole)
+
+
+@dataclass(frozen=True)
+class _StoredMask:
+    """A mask as its files have it: of a delta, only what it changes."""
+
+    config: NMSparseConfig
+    tensors: dict[str, torch.Tensor]
+    path: Path
+    source: str
+    task: str | None
+    general: GeneralMask | None
+
+
+def _read_stored(source: str | os.PathLike, revision: str | None, task: str | None) -> _StoredMask:
+    folder = local_folder(source, revision, task, MASK_FILES)  # both of one commit
+    for name in MASK_FILES:
         if not (folder / name).is_file():
             raise FormatError(
                 f"{source}{f' (task {task!r})' if task else ''} holds no {name}; it is no mask, an incomplete one, or one "
                 "of several tasks: then name the subfolder with task="
             )
-    config = _read_config(folder / CONFIG_NAME)
-    path = folder / SAFETENSORS_WEIGHTS_NAME
-    tensors = _read_tensors(path)
-    pattern = NMPattern(config.pattern)
+    config, general = _read_config(folder / CONFIG_NAME)
+    path = folder / MASK_FILES[1]
+    return _StoredMask(config, _read_tensors(path), path, str(source), task, general)
+
+
+def _read_general(delta: _StoredMask, given: str | os.PathLike | None) -> PublishedMask:
+    """The general mask of a delta: that which was given, else where the delta says."""
+    if given is not None:
+        stored = _read_stored(given, None, None)
+    elif not delta.general.is_path:
+        stored = _read_stored(delta.general.source, delta.general.revision, delta.general.task)
+    elif Path(delta.source).exists():
+        folder = (delta.path.parent / delta.general.source).resolve()
+        if not folder.is_dir():
+            raise FormatError(f"there is no folder {folder}")
+        stored = _read_stored(folder, None, None)
+    else:
+        root = delta.path.parents[len(Path(delta.task or "").parts)]  # named for the commit, see `fetch`
+        place = delta.general.in_repo(delta.source, root.name, delta.task)
+        stored = _read_stored(place.source, place.revision, place.task)
+    if stored.general is not None:
+        raise FormatError(
+            f"{stored.source} is a delta itself (to {stored.general}); a general mask holds all of its codes"
+        )
+    return _complete(stored)
+
+
+def _complete(stored: _StoredMask, general: PublishedMask | None = None) -> PublishedMask:
+    """Check the tensors of a mask, and fill those of a delta up from its general mask."""
+    config, source, path = stored.config, stored.source, stored.path
     linear, parameters = config.target_modules, config.target_parameters or []
     if not isinstance(linear, set) or not (linear or parameters):
         raise FormatError(f"{source}: target_modules of the config is no list of layer names; fetch the mask again")
-    parts = (*PARTS, *(f"{container}.weight" for container in term_shapes(config, 1, 1)))
+    codes = PARTS if general is None else DELTA_PARTS
+    parts = (*codes, *(f"{container}.weight" for container in term_shapes(config, 1, 1)))
     paths = stored_paths(linear, parameters)
     places = {f"{PREFIX}{place}.{part}": name for name, place in paths.items() for part in parts}
-    if unexpected := sorted(set(tensors) - set(places)):
+    if unexpected := sorted(set(stored.tensors) - set(places)):
         raise FormatError(
             f"{path}: unexpected tensor {unexpected[0]!r}; the file is damaged, or its layers and those of the config differ"
         )
-    layers = {name: _check_layer(path, place, tensors, pattern, parts) for name, place in paths.items()}
-    return PublishedMask(config, layers, str(source), path.stat().st_size)
+    if general is not None:
+        check_delta_fits(set(paths), NMPattern(config.pattern), general, source)
+    layers = {}
+    for name, place in paths.items():
+        found = _check_parts(path, place, stored.tensors, parts)
+        layers[name] = _layer(path, name, found) if general is None else _layer_of_delta(name, found, stored, general)
+    return PublishedMask(config, layers, source, path.stat().st_size, stored.general)
 
 
-def _read_config(path: Path) -> NMSparseConfig:
+def _read_config(path: Path) -> tuple[NMSparseConfig, GeneralMask | None]:
+    """The config of a mask; of a delta, as that of the full mask, and where the general mask lies."""
     if path.stat().st_size > _MAX_CONFIG_BYTES:
         raise FormatError(
             f"{path} is {path.stat().st_size} bytes, over the limit of {_MAX_CONFIG_BYTES}; it is no mask config"
@@ -112,6 +186,10 @@ def _read_config(path: Path) -> NMSparseConfig:
     if not isinstance(content, dict) or content.get("peft_type") != "NMSPARSE":
         raise FormatError(f"{path} is not the config of a mask (peft_type NMSPARSE)")
     known = {key: value for key, value in content.items() if key in NMSparseConfig.__dataclass_fields__}
+    general = None
+    if content.get("mask_format") == "delta":
+        general = GeneralMask.of_json(content.get(FIELD), path)
+        known |= {"mask_format": "packed", FIELD: None}
     try:
         config = NMSparseConfig(**{**known, "peft_type": None})
     except TypeError as error:  # a field of another JSON type than any config has
@@ -125,7 +203,7 @@ def _read_config(path: Path) -> NMSparseConfig:
             f"{path.parent} is a training checkpoint (logits), not a published mask; load it with PeftModel.from_pretrained, "
             "and publish it with nms.save_mask"
         )
-    return config
+    return config, general
 
 
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -157,33 +235,58 @@ def stored_paths(linear: Iterable[str], parameters: Iterable[str]) -> dict[str, 
     return paths
 
 
-def _check_layer(
-    path: Path, place: str, tensors: dict[str, torch.Tensor], pattern: NMPattern, parts: tuple[str, ...]
-) -> LayerMask:
+def _check_parts(
+    path: Path, place: str, tensors: dict[str, torch.Tensor], parts: tuple[str, ...]
+) -> dict[str, torch.Tensor]:
+    """The tensors of a layer by the last part of their names, after a look at their dtypes and shapes."""
+    digests = (2, FINGERPRINT_BYTES) if "nmsparse_changes" in parts else (FINGERPRINT_BYTES,)
+    shapes = {"nmsparse_digest": digests, "nmsparse_base": (FINGERPRINT_BYTES,)}
+    dims = {"nmsparse_packed": (2, "[out, bytes]"), "nmsparse_changes": (1, "[bytes]")}
     found = {part: tensors.get(f"{PREFIX}{place}.{part}") for part in parts}
+    if "nmsparse_changes" in found and found["nmsparse_changes"] is None:
+        del found["nmsparse_changes"]  # nothing differs from the general mask
     for part, tensor in found.items():
-        if part == "nmsparse_packed":
-            fits, expected = tensor is not None and tensor.dim() == 2, "uint8 [out, bytes]"
-        elif part in PARTS:
-            fits, expected = (
-                tensor is not None and tensor.shape == (FINGERPRINT_BYTES,),
-                f"uint8 [{FINGERPRINT_BYTES}]",
-            )
+        if part in dims:
+            fits, expected = tensor is not None and tensor.dim() == dims[part][0], f"uint8 {dims[part][1]}"
+        elif part in shapes:
+            fits, expected = tensor is not None and tensor.shape == shapes[part], f"uint8 {list(shapes[part])}"
         else:
-            fits, expected = (
-                tensor is not None and tensor.is_floating_point() and tensor.dim() in (2, 3),
-                "finite floats",
-            )
-            fits = fits and bool(tensor.isfinite().all())
-        if not fits or (part in PARTS and tensor.dtype != torch.uint8):
+            fits = tensor is not None and tensor.is_floating_point() and tensor.dim() in (2, 3)
+            fits, expected = fits and bool(tensor.isfinite().all()), "finite floats"
+        if not fits or (part in (*dims, *shapes) and tensor.dtype != torch.uint8):
             got = "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
             raise FormatError(f"{path}: {place}.{part} must be {expected}, got {got}; the file is damaged")
+    return found
+
+
+def _layer(path: Path, name: str, found: dict[str, torch.Tensor]) -> LayerMask:
     if not torch.equal(digest(found["nmsparse_packed"]), found["nmsparse_digest"]):
         raise FormatError(
-            f"{path}: the codes of {place} do not match their digest; the file is damaged, fetch it again"
+            f"{path}: the codes of {name} do not match their digest; the file is damaged, fetch it again"
         )
-    terms = {part.removesuffix(".weight"): tensor for part, tensor in found.items() if part not in PARTS}
-    return LayerMask(found["nmsparse_packed"], found["nmsparse_base"], terms)
+    return LayerMask(found["nmsparse_packed"], found["nmsparse_base"], _terms(found))
+
+
+def _layer_of_delta(
+    name: str, found: dict[str, torch.Tensor], stored: _StoredMask, general: PublishedMask
+) -> LayerMask:
+    packed, changed = codes_of_delta(
+        found.get("nmsparse_changes"),
+        found["nmsparse_digest"],
+        general.layers[name].packed,
+        general.pattern,
+        name,
+        (str(stored.path), general.source),
+    )
+    return LayerMask(packed, found["nmsparse_base"], _terms(found), changed)
+
+
+def _terms(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {
+        part.removesuffix(".weight"): tensor
+        for part, tensor in found.items()
+        if part not in PARTS and part not in DELTA_PARTS
+    }
 
 
 def mask_summary(mask: PublishedMask) -> dict[str, object]:
@@ -191,4 +294,10 @@ def mask_summary(mask: PublishedMask) -> dict[str, object]:
     config = {
         key: value for key, value in asdict(mask.config).items() if value is not None and key != "target_modules"
     }
-    return {"source": mask.source, "layers": len(mask.layers), "file_bytes": mask.file_bytes, "config": config}
+    facts = {"source": mask.source, "layers": len(mask.layers), "file_bytes": mask.file_bytes, "config": config}
+    if mask.general is not None:
+        facts |= {
+            "delta_to": asdict(mask.general),
+            "changed_groups": sum(layer.changed for layer in mask.layers.values()),
+        }
+    return facts

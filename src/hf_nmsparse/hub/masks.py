@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Published masks: a folder or repo with the packed codes of every layer (docs/FORMAT.md, section 3)."""
+"""Published masks: a folder or repo with the packed codes of every layer, or what they change (docs/FORMAT.md, 3 and 9)."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ from ..fingerprint import digest, rounding_hint, to_hex
 from ..pattern import NMPattern, parse_pattern
 from ..results import RunResults
 from .card import card_text, terms_of
+from .delta import as_delta, place_of_general, write_reference
 from .mask_file import PREFIX, PublishedMask, read_mask, stored_paths
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,9 @@ def save_mask(
     adapter_name: str | None = None,
     results: RunResults | None = None,
     report: PruneReport | None = None,
+    delta_to: str | os.PathLike | None = None,
+    delta_to_revision: str | None = None,
+    delta_to_task: str | None = None,
 ) -> Path:
     """Publish a mask into a folder: codes, config and card. The model stays as it is.
 
@@ -60,12 +64,18 @@ def save_mask(
         results (`RunResults`, *optional*): what was measured, for the card. With `report` the base model is the one that
             they name, if they do.
         report (`PruneReport`, *optional*): what `nms.prune` returned.
+        delta_to (`str` or `Path`, *optional*): folder or Hub repo of a general mask of the same pattern and layers: only the
+            groups that differ from it are stored, and `nms.load_mask` needs both. A folder is remembered by its path
+            relative to this one, a repo at its commit.
+        delta_to_revision, delta_to_task (`str`, *optional*): revision of that repo, and subfolder.
 
     Returns:
         the folder.
 
     Raises:
-        ConfigError: if the model has no such mask adapter, its logits are not finite, or the report holds no mask.
+        ConfigError: if the model has no such mask adapter, its logits are not finite, the report holds no mask, or the
+            mask is no delta to that other one: pattern or layers differ, or so many groups that the full mask is smaller.
+        FormatError, HubError: if the general mask cannot be read.
     """
     results = copy.deepcopy(results) if results is not None else RunResults()
     if report is None:
@@ -79,9 +89,16 @@ def save_mask(
     results.pattern, results.terms = config.pattern, terms_of(config)
     results.base_model = results.base_model or config.base_model_name_or_path
     results.base_revision = results.base_revision or config.revision
+    general, results.delta_to = None, None
+    if delta_to is not None:
+        general = place_of_general(delta_to, delta_to_revision, delta_to_task, folder)
+        tensors = _only_changes(tensors, config, read_mask(delta_to, general.revision, delta_to_task))
+        results.delta_to = str(general)
     with staged_folder(folder) as staging:
         (staging / SAFETENSORS_WEIGHTS_NAME).write_bytes(save(tensors, metadata={"format": "pt"}))
         config.save_pretrained(str(staging))
+        if general is not None:
+            write_reference(staging, general)
         (staging / "README.md").write_text(card_text(results, "mask"), encoding="utf-8")
     return Path(folder)
 
@@ -165,6 +182,19 @@ def _stored_tensors(place: str, layer: NMSparseLayer, adapter_name: str) -> dict
 
 def _codes(packed: torch.Tensor, base: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"nmsparse_packed": packed, "nmsparse_digest": digest(packed), "nmsparse_base": base}
+
+
+def _only_changes(
+    tensors: dict[str, torch.Tensor], config: NMSparseConfig, general: PublishedMask
+) -> dict[str, torch.Tensor]:
+    """The tensors of a full mask as those of a delta."""
+    if general.general is not None:
+        raise ConfigError(
+            f"{general.source} is itself a delta (to {general.general}); delta_to= needs a mask that holds all of its codes"
+        )
+    paths = stored_paths(config.target_modules, config.target_parameters or [])
+    places = {name: PREFIX + path for name, path in paths.items()}
+    return as_delta(tensors, places, NMPattern(config.pattern), general)
 
 
 def _named(place: str, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -257,6 +287,7 @@ def load_mask(
     task: str | None = None,
     adapter_name: str = "default",
     allow_base_mismatch: bool = False,
+    general: str | os.PathLike | PublishedMask | None = None,
 ) -> PeftModel:
     """Put a published mask on a model. Everything is checked before the model is touched.
 
@@ -267,6 +298,8 @@ def load_mask(
         task (`str`, *optional*): subfolder, where a repo holds masks of several tasks.
         adapter_name (`str`): name the mask gets on the model.
         allow_base_mismatch (`bool`): accept base weights other than those the mask was made for.
+        general (`str`, `Path` or `PublishedMask`, *optional*): the general mask of a delta, if it is not where the delta
+            says; see `read_mask`.
 
     Returns:
         the model with the mask active.
@@ -275,7 +308,7 @@ def load_mask(
         FormatError, BaseModelMismatchError: see `read_mask` and `match_to_model`.
         ConfigError: if the adapter name is taken.
     """
-    mask = read_mask(source, revision, task)
+    mask = read_mask(source, revision, task, general)
     if adapter_name in _adapter_names(model):
         raise ConfigError(
             f"the model already has an adapter {adapter_name!r}; pass another adapter_name or delete it first"

@@ -19,6 +19,7 @@ from torch import nn
 
 from ..errors import ConfigError, FormatError
 from ..results import RunResults
+from .delta import MASK_FILES, GeneralMask, reference_in
 from .mask_file import read_mask
 from .masks import save_mask
 from .remote import hub_errors, is_publishable, subfolder
@@ -39,11 +40,13 @@ class Publication:
         files (`dict[str, Path]`): by name in the repo.
         left_out (`list[str]`): what is not published: subfolders (checkpoints, other tasks) and pickles. Hidden files
             are not even named.
+        general (`GeneralMask`, *optional*): where the general mask of a delta lies.
     """
 
     report: VerifyReport
     files: dict[str, Path]
     left_out: list[str]
+    general: GeneralMask | None = None
 
     @property
     def is_mask(self) -> bool:
@@ -68,6 +71,9 @@ def push_mask(
     commit_message: str | None = None,
     create_pr: bool = False,
     results: RunResults | None = None,
+    delta_to: str | None = None,
+    delta_to_revision: str | None = None,
+    delta_to_task: str | None = None,
 ) -> CommitInfo:
     """Publish the hard mask of an adapter on the Hub: codes, config and card in one commit. The model stays as it is.
 
@@ -82,18 +88,30 @@ def push_mask(
         commit_message (`str`, *optional*): title of the commit.
         create_pr (`bool`): open a pull request instead.
         results (`RunResults`, *optional*): what was measured, for the card.
+        delta_to (`str`, *optional*): repo of a general mask, this one or another: only the groups that differ from it are
+            published; see `save_mask`.
+        delta_to_revision, delta_to_task (`str`, *optional*): revision of that repo, and subfolder.
 
     Returns:
         the commit. If the repo holds exactly this mask already: its newest one, which is logged.
 
     Raises:
-        ConfigError: if the model has no such mask, or the target cannot take it (a tag, a model is there, ...).
+        ConfigError: if the model has no such mask, or the target cannot take it (a tag, a model is there, ...), or the
+            general mask is a local folder or the target itself.
         HubError: if the Hub cannot be reached or refuses, or someone else has committed meanwhile. Nothing is half
             done then: push again.
     """
-    subfolder(task)  # a wrong one is refused before the work
+    place = subfolder(task)  # a wrong one is refused before the work
+    if delta_to is not None and Path(delta_to).exists():
+        raise ConfigError(
+            f"delta_to={str(delta_to)!r} is a local folder, which others do not have; push it and give its repo id"
+        )
+    if delta_to == repo_id and subfolder(delta_to_task) == place:
+        raise ConfigError(
+            f"{repo_id} holds the general mask at this place, and the delta would replace it; use another task"
+        )
     with tempfile.TemporaryDirectory() as folder:
-        save_mask(model, folder, adapter_name, results)
+        save_mask(model, folder, adapter_name, results, None, delta_to, delta_to_revision, delta_to_task)
         return publish(check_folder(folder), repo_id, task, revision, private, token, commit_message, create_pr)
 
 
@@ -150,7 +168,8 @@ def check_folder(folder: str | os.PathLike, pattern: str | None = None) -> Publi
             logger.warning("the mask names %s; put it on a model loaded by its Hub id before publishing", named)
     paths = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
     files = {path.name: path for path in paths if path.is_file() and is_publishable(path.name)}
-    return Publication(report, files, [path.name for path in paths if path.name not in files])
+    left_out = [path.name for path in paths if path.name not in files]
+    return Publication(report, files, left_out, reference_in(folder))
 
 
 def publish(
@@ -179,6 +198,8 @@ def publish(
             )
         head = _head(api, repo_id, revision)
         there = _names_there(api, repo_id, head, folder)
+        if publication.general is not None and publication.general.is_path:
+            _check_general(api, repo_id, head, folder, publication.general)
         operations = _operations(publication, repo_id, folder, there)
         # With its parent fixed, a commit on top of one that was not looked at is refused.
         commit = api.create_commit(
@@ -210,6 +231,19 @@ def _names_there(api: HfApi, repo_id: str, head: str, folder: str) -> set[str]:
         return {Path(entry.path).name for entry in api.list_repo_tree(repo_id, folder or None, revision=head)}
     except EntryNotFoundError:  # a new task
         return set()
+
+
+def _check_general(api: HfApi, repo_id: str, head: str, folder: str, general: GeneralMask) -> None:
+    """Refuse a delta whose general mask is to lie beside it, but does not."""
+    try:
+        place = general.in_repo(repo_id, None, folder or None).task or ""
+    except FormatError:  # above the repo
+        place = None
+    if place is None or not set(MASK_FILES) <= _names_there(api, repo_id, head, place):
+        raise ConfigError(
+            f"the mask is a delta to the one at {general.source!r} from its own folder, and {repo_id} has none there; push that one "
+            "first, to the task that lies there, or save the delta to its repo (delta_to=<repo id>)"
+        )
 
 
 def _operations(

@@ -24,7 +24,7 @@ from ..packed import SparseLinear24
 from ..packed.checkpoint import check_packed_files, check_slorb_block, check_values
 from ..pattern import NMPattern, Pattern, parse_pattern
 from ..results import RunResults
-from .mask_file import read_mask
+from .mask_file import PublishedMask, read_mask
 from .remote import local_folder
 
 logger = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ def verify(
         return _verify_model(model_or_path, parse_pattern(pattern or "2:4"))
     folder = local_folder(model_or_path, revision, task, ("*.json", "*.safetensors"))
     if (folder / "adapter_config.json").is_file():
-        return _verify_mask(folder)
+        return _verify_mask(read_mask(model_or_path, revision, task))
     config = folder / "config.json"
     if not config.is_file():
         raise FormatError(
@@ -133,8 +133,7 @@ def _recorded_pattern(folder: Path) -> Pattern | None:
         return None
 
 
-def _verify_mask(folder: Path) -> VerifyReport:
-    mask = read_mask(folder)
+def _verify_mask(mask: PublishedMask) -> VerifyReport:
     report = VerifyReport("mask", str(mask.pattern))
     for name, stored in mask.layers.items():
         # A code keeps exactly n by construction, so decoding it is the check. The layer's true width is the model's

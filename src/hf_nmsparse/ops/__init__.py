@@ -9,10 +9,13 @@ from ..codec import (
     columns_of_24,
     dequantize_values,
     pack_bits,
+    pack_digits,
     pack_nibbles,
+    packed_digit_bytes,
     quantize_values,
     round_in_groups,
     unpack_bits,
+    unpack_digits,
     unpack_nibbles,
 )
 from .eager import autocast, is_plain_eager
@@ -91,7 +94,9 @@ __all__ = [
     "pack_24",
     "pack_bits",
     "pack_codes",
+    "pack_digits",
     "pack_nibbles",
+    "packed_digit_bytes",
     "pool_blocks",
     "prune_24",
     "quantize_values",
@@ -103,6 +108,7 @@ __all__ = [
     "unpack_24",
     "unpack_bits",
     "unpack_codes",
+    "unpack_digits",
     "unpack_nibbles",
     "unpack_weight",
 ]

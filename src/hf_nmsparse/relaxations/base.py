@@ -21,6 +21,7 @@ class RelaxationConfig(Protocol):
     seed: int
     init_weights: bool
     prior_strength: float
+    schedule: str
     temperature: tuple[float, float]
     logit_scale: tuple[float, float]
     magnitude_regularization: float
@@ -52,8 +53,21 @@ class Relaxation(ABC):
         """
 
     @abstractmethod
-    def set_prior(self, parameters: dict[str, torch.Tensor], codes: torch.Tensor, config: RelaxationConfig) -> None:
-        """Write a prior mask, given as codes `[out, groups]`, into the parameters, in place."""
+    def set_prior(
+        self,
+        parameters: dict[str, torch.Tensor],
+        codes: torch.Tensor,
+        config: RelaxationConfig,
+        factors: torch.Tensor | None = None,
+    ) -> None:
+        """Write a prior mask into the parameters, in place.
+
+        Args:
+            parameters (`dict[str, torch.Tensor]`): what `parameters` declared.
+            codes (`torch.Tensor`): the mask as codes, int64 `[out, groups]`.
+            config (`RelaxationConfig`): has the strength of the prior.
+            factors (`torch.Tensor`, *optional*): of that strength, for each group, float `[out, groups]`; by default 1.
+        """
 
     @abstractmethod
     def effective_weight(

@@ -36,15 +36,22 @@ class CandidatesRelaxation(LogitsRelaxation):
             )
         return out_features, pattern.num_candidates, pattern.num_groups(in_features)
 
-    def set_prior(self, parameters: dict[str, torch.Tensor], codes: torch.Tensor, config: RelaxationConfig) -> None:
-        """`pi_c = strength * 0.01 * (<prior, S_c> - n^2/m)` (MaskLLM, section 3.3, without its noise).
+    def set_prior(
+        self,
+        parameters: dict[str, torch.Tensor],
+        codes: torch.Tensor,
+        config: RelaxationConfig,
+        factors: torch.Tensor | None = None,
+    ) -> None:
+        """`pi_c = factor * strength * 0.01 * (<prior, S_c> - n^2/m)` (MaskLLM, section 3.3, without its noise).
 
         n^2/m is the mean overlap of a candidate with all candidates; the paper's code has it for m = 2n only.
         """
         logits = parameters["nmsparse_logits"]
         candidates = self.pattern.candidates(logits.device, torch.float32)
         overlap = candidates @ candidates.T - self.pattern.n**2 / self.pattern.m  # [C, C]
-        table = (config.prior_strength * LOGIT_STD * overlap).to(logits.dtype)
+        table = config.prior_strength * LOGIT_STD * overlap
         with torch.no_grad():
             for candidate in range(self.pattern.num_candidates):
-                logits[:, candidate] = table[:, candidate][codes]
+                chosen = table[:, candidate][codes]
+                logits[:, candidate] = chosen if factors is None else chosen * factors

@@ -22,12 +22,21 @@ class ElementwiseRelaxation(LogitsRelaxation):
     def logits_shape(self, out_features: int, in_features: int) -> tuple[int, int]:
         return out_features, in_features
 
-    def set_prior(self, parameters: dict[str, torch.Tensor], codes: torch.Tensor, config: RelaxationConfig) -> None:
-        """`theta = strength * 0.01 * (prior - n/m)`.
+    def set_prior(
+        self,
+        parameters: dict[str, torch.Tensor],
+        codes: torch.Tensor,
+        config: RelaxationConfig,
+        factors: torch.Tensor | None = None,
+    ) -> None:
+        """`theta = factor * strength * 0.01 * (prior - n/m)`.
 
-        Summed over a candidate's weights this is the prior of candidates, `strength * 0.01 * (<prior, S_c> - n^2/m)`.
+        Summed over a candidate's weights this is the prior of candidates, `factor * strength * 0.01 * (<prior, S_c> - n^2/m)`.
         """
         logits = parameters["nmsparse_logits"]
         mask = ops.codes_to_mask(codes, self.pattern, logits.shape[1])
+        theta = config.prior_strength * LOGIT_STD * (mask.float() - self.pattern.density)
+        if factors is not None:
+            theta *= factors.repeat_interleave(self.pattern.m, dim=1)[:, : logits.shape[1]]
         with torch.no_grad():
-            logits.copy_(config.prior_strength * LOGIT_STD * (mask.float() - self.pattern.density))
+            logits.copy_(theta)

@@ -68,6 +68,9 @@ class MaskScheduleCallback(TrainerCallback):
         optimizer: torch.optim.Optimizer | None = None,
         **kwargs,
     ) -> None:
+        for layer in mask_layers(model).values():  # a run that failed within a phase may have left some waiting
+            for adapter_name in layer.configs:
+                layer.pause(adapter_name, False)
         layers = list(trained_layers(model))
         # Terms may train beside a mask that stays as it is.
         if not any(layer.trains(name) for layer in mask_layers(model).values() for name in layer.configs):
@@ -168,7 +171,7 @@ class MaskMetricsCallback(TrainerCallback):
             codes[key] = _small_codes(layer, name)
             largest, bits, counted = _certainty(layer, name)
             probability, entropy, groups = probability + largest, entropy + bits, groups + counted
-            if "nm/temperature" not in metrics:
+            if "nm/temperature" not in metrics and not layer.paused.get(name, False):
                 state = sampling_state(layer.configs[name], layer.moments.get(name))
                 metrics["nm/temperature"] = round(float(state.temperature), 4)
                 metrics["nm/logit_scale"] = round(float(state.logit_scale), 2)

@@ -3,7 +3,9 @@
 
 The loss is AST's (Huang et al., "Pruning Large Language Models with Semi-Structural Adaptive Sparse Training",
 arXiv 2407.20584): `loss_weight * task loss + distillation_weight * T^2 * KL(teacher || student)`, where both softmaxes
-are taken at temperature T and the divergence is averaged over the positions that the task loss counts.
+are taken at temperature T and the divergence is averaged over the positions that the task loss counts. To it hidden
+states can be added (SquareHead; Kurtic et al., "Sparse Fine-tuning for Inference Acceleration of Large Language Models",
+arXiv 2310.06927).
 """
 
 from __future__ import annotations
@@ -20,7 +22,6 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -30,8 +31,6 @@ from ..adapter import NMSparseLayer
 from ..errors import ConfigError
 
 _IGNORED = -100  # the label of positions that no loss counts
-# Logits that are in float32 at a time, of each of four temporary tensors: 32 MiB each.
-_CHUNK_LOGITS = 2**23
 
 
 @dataclass(frozen=True)
@@ -42,20 +41,40 @@ class Distillation:
         loss_weight (`float`): factor on the task loss; AST's GPT-2 recipe. Its LLaMA recipe has 1.
         distillation_weight (`float`): factor on T^2 KL; AST's GPT-2 recipe. Its LLaMA recipe has 0.5.
         temperature (`float`): T, by which both models' logits are divided.
+        top_k (`int`, *optional*): join all classes but the teacher's likeliest into one before the divergence is taken.
+        hidden_weight (`float`): factor on the relative error of hidden states, summed over the model's blocks; SquareHead's
+            recipe has 1. Not for encoder-decoders.
 
     Raises:
-        ConfigError: on a weight that is negative or not finite, `distillation_weight` or `temperature` not above 0.
+        ConfigError: on a weight that is negative or not finite, a `temperature` not above 0, `top_k` below 1; if the dense
+            base would teach nothing (neither `distillation_weight` nor `hidden_weight` is above 0), or `top_k` be without
+            effect.
     """
 
     loss_weight: float = 1 / 3
     distillation_weight: float = 2 / 3
     temperature: float = 2.0
+    top_k: int | None = None
+    hidden_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, lowest in (("loss_weight", "at least"), ("distillation_weight", "above"), ("temperature", "above")):
+        for name in ("loss_weight", "distillation_weight", "temperature", "hidden_weight"):
             value = getattr(self, name)
-            if not math.isfinite(value) or value < 0 or (value == 0 and lowest == "above"):
+            if not math.isfinite(value) or value < 0 or (value == 0 and name == "temperature"):
+                lowest = "above" if name == "temperature" else "at least"
                 raise ConfigError(f"Distillation: {name} must be a finite number {lowest} 0, got {value!r}")
+        if not self.distillation_weight and not self.hidden_weight:
+            raise ConfigError(
+                "Distillation: distillation_weight and hidden_weight are both 0, so the dense base would teach nothing; raise "
+                "one of them, or leave the distillation out"
+            )
+        if self.top_k is not None:
+            if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 1:
+                raise ConfigError(
+                    f"Distillation: top_k must be a whole number of at least 1, or None; got {self.top_k!r}"
+                )
+            if not self.distillation_weight:
+                raise ConfigError(f"Distillation: top_k={self.top_k} is without effect at distillation_weight=0")
 
 
 # --- the teacher ----------------------------------------------------------------------------------------------------
@@ -91,14 +110,18 @@ def dense_base(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def teacher_logits(model: nn.Module, inputs: Mapping[str, Any], label_key: str) -> torch.Tensor:
-    """Logits `[..., classes]` of the dense base of `model` for a training batch."""
+def teacher_outputs(
+    model: nn.Module, inputs: Mapping[str, Any], label_key: str, hidden_states: bool = False
+) -> Mapping[str, Any]:
+    """What the dense base of `model` gives for a training batch: `logits` `[..., classes]`, and `hidden_states` if wanted."""
     # A second pass through DDP would broadcast buffers between the student's forward and its backward.
     model = model.module if isinstance(model, DistributedDataParallel) else model
-    if not _is_encoder_decoder(model):  # these may make the decoder's input from the labels; no other model needs them
+    if not is_encoder_decoder(model):  # these may make the decoder's input from the labels; no other model needs them
         inputs = {key: value for key, value in inputs.items() if key != label_key}
+    if hidden_states:
+        inputs = {**inputs, "output_hidden_states": True}
     with dense_base(model):
-        return logits_of(model(**inputs))
+        return model(**inputs)
 
 
 def logits_of(outputs: Any) -> torch.Tensor:
@@ -117,11 +140,33 @@ def logits_of(outputs: Any) -> torch.Tensor:
     return logits
 
 
+def hidden_states_of(outputs: Any) -> list[torch.Tensor]:
+    """What each block gives, `[batch, positions, features]`, from a model's output; the embeddings are left out.
+
+    Raises:
+        ConfigError: if they are not there, or of another form.
+    """
+    states = outputs.get("hidden_states") if isinstance(outputs, Mapping) else None
+    if not states:
+        found = sorted(outputs) if isinstance(outputs, Mapping) else type(outputs).__name__
+        raise ConfigError(
+            f"hidden_weight needs the model's hidden states, but its output has only {found}; the model does not know "
+            "output_hidden_states=True, set hidden_weight=0"
+        )
+    shapes = {tuple(state.shape[:-1]) for state in states}
+    if len(shapes) > 1 or len(next(iter(shapes))) != 2:
+        raise ConfigError(
+            f"hidden_weight compares hidden states [batch, positions, features] of blocks, but this model's are "
+            f"{sorted({tuple(state.shape) for state in states})}; set hidden_weight=0"
+        )
+    return list(states[1:])
+
+
 # --- what counts ----------------------------------------------------------------------------------------------------
 def predicts_next_token(model: nn.Module) -> bool:
     """Whether the logits at position i are for the label at i + 1: true of decoder-only language models."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    if _is_encoder_decoder(base):
+    if is_encoder_decoder(base):
         return False
     by_loss = LOSS_MAPPING.get(getattr(base, "loss_type", None)) is ForCausalLMLoss
     return by_loss or type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
@@ -147,81 +192,14 @@ def counted_positions(labels: torch.Tensor, logits: torch.Tensor, next_token: bo
     return F.pad(counted[..., 1:], (0, 1), value=False) if next_token else counted
 
 
-def _is_encoder_decoder(model: nn.Module) -> bool:
+def attended_positions(inputs: Mapping[str, Any]) -> torch.Tensor | None:
+    """Positions of a batch that are not padding, bool `[batch, positions]`; `None` if its inputs do not say how many."""
+    mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+        return mask.bool()
+    return torch.ones_like(ids, dtype=torch.bool) if isinstance(ids, torch.Tensor) and ids.dim() == 2 else None
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether a model reads with one stack of blocks and writes with another."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-
-
-# --- the loss -------------------------------------------------------------------------------------------------------
-def distillation_loss(
-    student_logits: torch.Tensor,
-    teacher_logits: torch.Tensor,
-    keep: torch.Tensor,
-    temperature: float,
-    denominator: torch.Tensor | float,
-) -> torch.Tensor:
-    """`T^2 / denominator * sum over kept positions of KL(softmax(teacher / T) || softmax(student / T))`, in float32.
-
-    Computed over the full vocabulary, a chunk of positions at a time, so that only a chunk of the logits is ever in
-    float32. The gradient is made together with the loss and **written over `teacher_logits`** (where the dtypes agree):
-    beside the two given tensors nothing of their size is allocated, and neither is kept for the backward pass otherwise.
-    Positions that are not kept may hold anything, NaN included.
-
-    Args:
-        student_logits (`torch.Tensor`): `[..., classes]`; the gradient goes here, in its dtype.
-        teacher_logits (`torch.Tensor`): `[..., classes]`; used up.
-        keep (`torch.Tensor`): bool `[...]`.
-        temperature (`float`): T.
-        denominator (`torch.Tensor` or `float`): what the sum is divided by, for example the number of kept positions.
-
-    Raises:
-        ConfigError: if the shapes do not agree.
-    """
-    if student_logits.shape != teacher_logits.shape or keep.shape != student_logits.shape[:-1]:
-        raise ConfigError(
-            f"the student's logits {list(student_logits.shape)}, the teacher's {list(teacher_logits.shape)} and the kept "
-            f"positions {list(keep.shape)} do not agree"
-        )
-    classes = student_logits.shape[-1]
-    total = _SumOfDivergences.apply(
-        student_logits.reshape(-1, classes),
-        teacher_logits.detach().reshape(-1, classes),
-        keep.reshape(-1),
-        temperature,
-    )
-    if isinstance(denominator, torch.Tensor):
-        denominator = denominator.to(total.device)
-    return total * (temperature**2) / denominator
-
-
-class _SumOfDivergences(torch.autograd.Function):
-    """Sum over kept rows of `KL(p || q)`, p and q the softmax of teacher / T and student / T; its gradient is (q - p) / T.
-
-    The gradient is kept without weight and denominator: so it lies in [-1/T, 1/T] and survives float16.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, student: torch.Tensor, teacher: torch.Tensor, keep: torch.Tensor, temperature: float
-    ) -> torch.Tensor:
-        """`student`, `teacher` `[rows, classes]`, `keep` bool `[rows]` -> scalar."""
-        working = torch.promote_types(student.dtype, torch.float32)
-        gradient = teacher if teacher.dtype == student.dtype else torch.empty_like(student)
-        total = torch.zeros((), dtype=working, device=student.device)
-        for rows in keep.nonzero().squeeze(1).split(max(1, _CHUNK_LOGITS // student.shape[1])):
-            log_q = torch.log_softmax(student[rows].to(working).div_(temperature), dim=-1)
-            log_p = torch.log_softmax(teacher[rows].to(working).div_(temperature), dim=-1)
-            p = log_p.exp()
-            # Classes that the teacher rules out (logits of -infinity) add 0, not 0 * infinity.
-            total += log_p.sub_(log_q).mul_(p).masked_fill_(p == 0, 0.0).sum()
-            if ctx.needs_input_grad[0]:
-                gradient[rows] = log_q.exp_().sub_(p).div_(temperature).to(gradient.dtype)
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(gradient.masked_fill_(~keep[:, None], 0.0))
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        """The kept gradient, scaled in place: a second backward pass through the same graph is refused by autograd."""
-        (gradient,) = ctx.saved_tensors
-        return gradient.mul_(grad_output), None, None, None

@@ -4,11 +4,10 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from peft import get_peft_model
@@ -26,15 +25,17 @@ from ..adapter import (
     mask_layers,
     term_shapes,
 )
+from ..criteria import find_stacks
 from ..errors import ConfigError, UnsupportedError
 from ..fingerprint import FINGERPRINT_BYTES
 from ..hub.mask_file import PREFIX, stored_paths
 from ..packed.layers import unpackable_layers
 from ..packed.stored_mask import inside_24
 from ..pattern import NMPattern
+from .optimizers import STATES
+from .planned import Plan, PlannedLayer
 
 _ADAPTER = "default"
-_ADAMW_BYTES = 8  # of one parameter: two moments, float32
 _NARROWING_FIELDS = ("dense_layers", "exclude_modules", "layers_to_transform")
 # Names of dtypes in a safetensors file, in the order in which it lays tensors down.
 _STORED_AS = {
@@ -46,124 +47,13 @@ _STORED_AS = {
 }
 
 
-@dataclass(frozen=True)
-class PlannedLayer:
-    """A layer that the config prunes.
-
-    Args:
-        name (`str`): module name; of fused experts with the name of the parameter.
-        out_features (`int`), in_features (`int`): its weight is `[out, in]`; fused experts count with the rows of all.
-        groups (`int`): groups of m weights, tails included.
-        parameters (`int`): trainable values of its mask, in the config's `logits_dtype`.
-        term_parameters (`int`): trainable values of its terms (SLoRB, low rank, delta), float32.
-        mask_bytes (`int`): its packed codes in a published mask.
-        dense_bytes (`int`): its weight as it is now, quantised or not.
-        packed_bytes (`int`, *optional*): its kept values, their ids and its side branch in a packed model; `None` if it
-            cannot be packed.
-        not_packable (`str`, *optional*): why it cannot.
-    """
-
-    name: str
-    out_features: int
-    in_features: int
-    groups: int
-    parameters: int
-    term_parameters: int
-    mask_bytes: int
-    dense_bytes: int
-    packed_bytes: int | None
-    not_packable: str | None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a mask adapter will prune, and the bytes of everything. Activations are not counted.
-
-    Args:
-        pattern (`str`): n:m.
-        relaxation (`str`): how logits become a mask.
-        logits_dtype (`str`): of logits and their gradients; whatever else trains has float32.
-        candidates (`int`): C(m, n).
-        model_parameters (`int`), model_bytes (`int`): of the whole model, tied weights counted once.
-        other_trainable (`int`): trainable parameters beside masks and terms (`modules_to_save`, token indices).
-        layers (`list[PlannedLayer]`): what is pruned.
-        skipped (`dict[str, str]`): linear layers and fused experts left dense -> why.
-        mask_file_bytes (`int`): of a published mask's safetensors file, terms included.
-    """
-
-    pattern: str
-    relaxation: str
-    logits_dtype: str
-    candidates: int
-    model_parameters: int
-    model_bytes: int
-    other_trainable: int
-    mask_file_bytes: int
-    layers: list[PlannedLayer] = field(default_factory=list)
-    skipped: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def pruned_weights(self) -> int:
-        """Weights under a mask."""
-        return sum(layer.out_features * layer.in_features for layer in self.layers)
-
-    @property
-    def trainable(self) -> int:
-        """Trainable values: those of masks and terms, and what else the config trains."""
-        return sum(layer.parameters + layer.term_parameters for layer in self.layers) + self.other_trainable
-
-    @property
-    def logits_bytes(self) -> int:
-        """Bytes of all trainable mask tensors."""
-        return getattr(torch, self.logits_dtype).itemsize * sum(layer.parameters for layer in self.layers)
-
-    @property
-    def term_bytes(self) -> int:
-        """Bytes of the trainable tensors of all terms, float32."""
-        return 4 * sum(layer.term_parameters for layer in self.layers)
-
-    @property
-    def gradient_bytes(self) -> int:
-        """Bytes of the gradients of all trainable values, each in the dtype of its value."""
-        return self.logits_bytes + self.term_bytes + 4 * self.other_trainable
-
-    @property
-    def optimizer_bytes(self) -> int:
-        """Bytes of AdamW's state in float32."""
-        return _ADAMW_BYTES * self.trainable
-
-    @property
-    def training_bytes(self) -> int:
-        """Frozen model, trainable values, gradients and AdamW state: what training holds beside activations."""
-        return self.model_bytes + 2 * self.gradient_bytes + self.optimizer_bytes
-
-    @property
-    def mask_bits_per_weight(self) -> float:
-        """Bits of the published file for each pruned weight."""
-        return 8 * self.mask_file_bytes / self.pruned_weights
-
-    @property
-    def dense_bytes(self) -> int:
-        """Bytes of the pruned layers' weights as they are now."""
-        return sum(layer.dense_bytes for layer in self.layers)
-
-    @property
-    def packed_bytes(self) -> int:
-        """Bytes of the pruned layers once packed; layers that cannot be packed count as dense."""
-        return sum(layer.dense_bytes if layer.packed_bytes is None else layer.packed_bytes for layer in self.layers)
-
-    @property
-    def packed_model_bytes(self) -> int:
-        """Bytes of the whole model once packed."""
-        return self.model_bytes - self.dense_bytes + self.packed_bytes
-
-    def to_dict(self) -> dict[str, object]:
-        """Fields and totals as plain values, for JSON."""
-        totals = {name: getattr(self, name) for name, value in vars(Plan).items() if isinstance(value, property)}
-        return dataclasses.asdict(self) | totals
-
-
-def plan(model: nn.Module, config: NMSparseConfig) -> Plan:
+def plan(
+    model: nn.Module,
+    config: NMSparseConfig,
+    optimizer_states: Literal["float32", "8bit"] = "float32",
+    in_backward: bool = False,
+    checkpointing: bool = False,
+) -> Plan:
     """Say what `get_peft_model(model, config)` will prune, what training it takes and what its results weigh.
 
     The config is applied by PEFT itself to a copy of the model without values, so the layers are those that training
@@ -172,14 +62,21 @@ def plan(model: nn.Module, config: NMSparseConfig) -> Plan:
     Args:
         model (`nn.Module`): the base model, on any device; it stays as it is.
         config (`NMSparseConfig`): the adapter's configuration; it stays as it is.
+        optimizer_states (`str`): of the logits in AdamW: `"float32"`, or `"8bit"` as `NMSparseTrainer` has it with
+            `mask_optimizer_states="8bit"`.
+        in_backward (`bool`): the optimizer steps within the backward pass and frees each gradient
+            (`NMSparseTrainer(optimizer_in_backward=True)`).
+        checkpointing (`bool`): whether blocks are computed again in the backward pass (gradient checkpointing).
 
     Returns:
         `Plan`.
 
     Raises:
         UnsupportedError: if the model carries mask adapters already, or the config targets a layer that takes none.
-        ConfigError: if the config leaves no layer to prune.
+        ConfigError: if the config leaves no layer to prune, or `optimizer_states` is another.
     """
+    if optimizer_states not in STATES:
+        raise ConfigError(f"optimizer_states={optimizer_states!r}: choose one of {', '.join(map(repr, STATES))}")
     if mask_layers(model):
         raise UnsupportedError("the model carries mask adapters already; plan on its base model")
     weights = base_weights(model)
@@ -188,19 +85,29 @@ def plan(model: nn.Module, config: NMSparseConfig) -> Plan:
     head = skeleton.get_output_embeddings() if hasattr(skeleton, "get_output_embeddings") else None
     model_parameters = sum(parameter.numel() for parameter in skeleton.parameters())
     unpackable = unpackable_layers(skeleton)
+    blocks = _blocks(skeleton)
+    computes_in = next(
+        (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), torch.float32
+    )
     resolved = copy.deepcopy(config)
     try:
         peft_model = get_peft_model(skeleton, resolved, adapter_name=_ADAPTER, low_cpu_mem_usage=True)
     except NoMatchingPeftModuleError as error:
         raise ConfigError(f"the config leaves no layer to prune ({error})") from error
     masked = mask_layers(peft_model, _ADAPTER)
-    layers = [_planned(name, layer, weights[name], config, unpackable) for name, layer in masked.items()]
+    layers = [
+        _planned(name, layer, weights[name], config, unpackable, blocks, computes_in) for name, layer in masked.items()
+    ]
     trainable = sum(parameter.numel() for parameter in peft_model.parameters() if parameter.requires_grad)
     pattern = NMPattern(config.pattern)
     return Plan(
         pattern=str(pattern),
         relaxation=config.relaxation,
         logits_dtype=config.logits_dtype,
+        optimizer_states=optimizer_states,
+        in_backward=in_backward,
+        checkpointing=checkpointing,
+        resample=config.resample,
         candidates=pattern.num_candidates,
         model_parameters=model_parameters,
         model_bytes=sum(parameter.nbytes for parameter in model.parameters()),
@@ -234,8 +141,22 @@ def _without_values(model: nn.Module, weights: Mapping[str, BaseWeight]) -> nn.M
     return copy.deepcopy(model, twins)
 
 
+def _blocks(model: nn.Module) -> list[str]:
+    """Module names of the model's blocks; none where it has none."""
+    try:
+        return [f"{stack}.{index}" for stack, blocks in find_stacks(model) for index in range(len(blocks))]
+    except UnsupportedError:
+        return []
+
+
 def _planned(
-    name: str, layer: NMSparseLayer, base: BaseWeight, config: NMSparseConfig, unpackable: Mapping[str, str]
+    name: str,
+    layer: NMSparseLayer,
+    base: BaseWeight,
+    config: NMSparseConfig,
+    unpackable: Mapping[str, str],
+    blocks: list[str],
+    computes_in: torch.dtype,
 ) -> PlannedLayer:
     pattern = NMPattern(config.pattern)
     out_features, in_features = layer.out_features, layer.in_features
@@ -246,13 +167,20 @@ def _planned(
     itemsize = base.stored.element_size()
     packed = itemsize * (out_features * in_features // 2 + branch) + out_features * in_features // 8
     trained = sum(value.numel() for key, value in layer.named_parameters() if key.startswith(NMSparseModel.prefix))
+    parameters = trained - sum(terms.values())
+    # Beside the masked weight the weight under the mask, where that is computed: dequantised, changed, or laid out anew.
+    computed = base.backend is not None or config.delta_rank is not None or (base.transposed and base.is_fused_experts)
+    dtype = computes_in if base.backend is not None else base.stored.dtype
     return PlannedLayer(
         name=name,
+        block=next((block for block in blocks if name.startswith(f"{block}.")), None),
         out_features=out_features,
         in_features=in_features,
         groups=out_features * pattern.num_groups(in_features),
-        parameters=trained - sum(terms.values()),
+        parameters=parameters,
+        logits_bytes=getattr(torch, config.logits_dtype).itemsize * parameters,
         term_parameters=sum(terms.values()),
+        kept_bytes=(2 if computed else 1) * dtype.itemsize * out_features * in_features,
         mask_bytes=out_features * pattern.packed_row_bytes(in_features),
         dense_bytes=base.stored.nbytes,
         packed_bytes=None if reason else packed,

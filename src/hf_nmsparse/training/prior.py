@@ -7,7 +7,7 @@ import contextlib
 import functools
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,11 +18,14 @@ from torch import nn
 from .. import ops
 from ..adapter import NMSparseLayer, mask_layers
 from ..criteria import (
+    BlockInputs,
     Choice,
     Criterion,
+    InputStatistics,
     PruneReport,
     Target,
     WalkOptions,
+    confident_criteria,
     expert_view,
     get_criterion,
     known_criteria,
@@ -31,6 +34,8 @@ from ..criteria import (
 from ..errors import ConfigError, UnsupportedError
 from ..hub.mask_file import read_mask
 from ..hub.masks import active_mask, match_to_model
+from ..pattern import NMPattern
+from ..relaxations import strength_factors
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +52,8 @@ def set_prior(
 ) -> PruneReport | None:
     """Initialise the logits of a mask adapter from a mask. Logits learned so far are overwritten.
 
-    All masks are computed and checked before the first logit changes.
+    All masks are computed and checked before the first logit changes. With `NMSparseConfig(prior_confidence=True)` the
+    criterion's confidence sets the strength of each group.
 
     Args:
         model (`PeftModel` or a model with a mask adapter): the model.
@@ -62,7 +68,8 @@ def set_prior(
         the criterion's `PruneReport`, or `None` for a given mask.
 
     Raises:
-        ConfigError: if the adapter is a published mask, or layers and masks do not match.
+        ConfigError: if the adapter is a published mask, or layers and masks do not match; or `prior_confidence` is set and
+            the prior is not a criterion that tells how sure it is.
     """
     adapter_name = adapter_name or active_mask(model)
     layers = mask_layers(model, adapter_name)
@@ -75,12 +82,17 @@ def set_prior(
     config = next(iter(layers.values())).configs[adapter_name]
     if config.mask_format != "logits":
         raise ConfigError(f"adapter {adapter_name!r} is a published mask (codes); it has no logits to initialise")
-    report = None
+    if config.prior_confidence:
+        _check_confident(prior)
+    report, factors = None, {}
     if isinstance(prior, Mapping):
         masks, label = _given_masks(prior, layers), "given masks"
     elif _is_criterion(prior):
         criterion = get_criterion(prior)
-        masks, report = _criterion_masks(model, layers, criterion, config.pattern, calibration, tokenizer, progress)
+        asked = _Confident(criterion) if config.prior_confidence else criterion
+        masks, report = _criterion_masks(model, layers, asked, config.pattern, calibration, tokenizer, progress)
+        if isinstance(asked, _Confident):
+            factors = asked.of_layers(layers)
         label = criterion.name
     else:
         masks, label = _published_masks(prior, revision, task, layers, config.pattern), str(prior)
@@ -88,7 +100,7 @@ def set_prior(
         name: ops.mask_to_codes(mask, layers[name].relaxations[adapter_name].pattern) for name, mask in masks.items()
     }
     for name, layer in layers.items():
-        layer.set_prior_codes(adapter_name, codes[name])
+        layer.set_prior_codes(adapter_name, codes[name], factors.get(name))
     for layer in layers.values():  # one config object serves all layers, and another may serve the PeftModel
         layer.configs[adapter_name].prior = label
     if adapter_name in getattr(model, "peft_config", {}):
@@ -101,6 +113,43 @@ def _is_criterion(prior: object) -> bool:
     if isinstance(prior, Criterion) or (isinstance(prior, type) and issubclass(prior, Criterion)):
         return True
     return isinstance(prior, str) and (prior in known_criteria() or ("/" not in prior and not os.path.exists(prior)))
+
+
+def _check_confident(prior: object) -> None:
+    """Refuse, before anything is computed, a prior of which nobody says how sure it is."""
+    criterion = get_criterion(prior) if not isinstance(prior, Mapping) and _is_criterion(prior) else None
+    if criterion is None or not criterion.has_confidence:
+        what = "a given or published mask" if criterion is None else f"criterion {criterion.name!r}"
+        raise ConfigError(
+            f"prior_confidence=True scales the prior by how sure its criterion is of each group, and {what} does not tell; take "
+            f"one of {', '.join(confident_criteria())}, or leave prior_confidence out"
+        )
+
+
+class _Confident(Criterion):
+    """Walks as another criterion, and notes on the way how firmly each group should start: float16 `[out, groups]`."""
+
+    def __init__(self, criterion: Criterion) -> None:
+        self.criterion, self.name, self.needs = criterion, criterion.name, criterion.needs
+        self._factors: dict[str, torch.Tensor] = {}
+
+    def mask(self, weight: torch.Tensor, statistics: InputStatistics | None, pattern: NMPattern) -> torch.Tensor:
+        return self.criterion.mask(weight, statistics, pattern)
+
+    def stages(self, names: list[str], block: nn.Module) -> list[list[str]]:
+        return self.criterion.stages(names, block)
+
+    def choose_block(self, inputs: BlockInputs) -> Iterator[tuple[str, Choice]]:
+        for name, choice in self.criterion.choose_block(inputs):
+            weight, statistics = inputs.weights[name], inputs.statistics[name]
+            confidence = self.criterion.confidence(weight, choice.mask, statistics, inputs.pattern)
+            self._factors[name] = strength_factors(confidence).half()
+            yield name, choice
+
+    def of_layers(self, layers: Mapping[str, NMSparseLayer]) -> dict[str, torch.Tensor]:
+        """The factors by layer; those of experts one after the other."""
+        targets = {name: targets_of(name, layer, lambda choice: None) for name, layer in layers.items()}
+        return {name: torch.cat([self._factors[target.name] for target in of]) for name, of in targets.items()}
 
 
 def _given_masks(given: Mapping[str, torch.Tensor], layers: dict[str, NMSparseLayer]) -> dict[str, torch.Tensor]:

@@ -8,33 +8,29 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import Trainer
+from torch.optim.lr_scheduler import LambdaLR
 from transformers.training_args import OptimizerNames
 
 from ..errors import ConfigError
-from ..relaxations.candidates import LOGIT_STD
+from ..relaxations import CONFIDENCE_FACTORS, LOGIT_STD
 from .callbacks import MaskMetricsCallback, MaskScheduleCallback, trained_layers
-from .distillation import (
-    Distillation,
-    counted_positions,
-    distillation_loss,
-    logits_of,
-    predicts_next_token,
-    teacher_logits,
-)
+from .distillation import Distillation
+from .distilling import DistillingTrainer
 from .optimizers import STATES, MaskAdamW
+from .phases import MaskPhaseCallback
+from .teacher_cache import TeacherCache
 
 logger = logging.getLogger(__name__)
 
 
-class NMSparseTrainer(Trainer):
+class NMSparseTrainer(DistillingTrainer):
     """`transformers.Trainer` for masks. `MaskScheduleCallback` and `MaskMetricsCallback` are added if not given.
 
     Mask logits get an optimizer group of their own: weight decay would pull them towards indecision, so it is 0 there.
     What else trains (terms beside the mask, `modules_to_save`) has `args.learning_rate` and `args.weight_decay`.
 
-    With `distillation`, the dense base teaches: each training step runs it once more, and `nm/distillation_loss` (T^2 KL,
-    before its weight) joins the log lines. The evaluation loss stays the plain task loss.
+    With `distillation`, the dense base teaches: each training step runs it once more, and `nm/distillation_loss` (T^2 KL)
+    and `nm/hidden_loss`, before their weights, join the log lines. The evaluation loss stays the plain task loss.
 
     bfloat16 logits (`NMSparseConfig(logits_dtype="bfloat16")`) are trained by `MaskAdamW` in place of the AdamW that
     `args.optim` names by default; any other `optim`, `optimizers` and `optimizer_cls_and_kwargs` are taken as given.
@@ -47,6 +43,7 @@ class NMSparseTrainer(Trainer):
         optimizer_in_backward (`bool`): `MaskAdamW` updates each tensor in the backward pass and frees its gradient, so no
             gradients are held. For one process that accumulates and clips nothing.
         distillation (`Distillation`, *optional*): follow the dense base too; `None` trains on the task loss alone.
+        teacher_cache (`TeacherCache`, *optional*): look up there what the dense base says, and add what is not there yet.
         kwargs: as for `transformers.Trainer`.
 
     Raises:
@@ -62,14 +59,15 @@ class NMSparseTrainer(Trainer):
         mask_optimizer_states: Literal["float32", "8bit"] | None = None,
         optimizer_in_backward: bool = False,
         distillation: Distillation | None = None,
+        teacher_cache: TeacherCache | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        if mask_optimizer_states not in (None, *STATES):
+            raise ConfigError(f"mask_optimizer_states={mask_optimizer_states!r}: choose one of {STATES}, or None")
+        super().__init__(*args, distillation=distillation, teacher_cache=teacher_cache, **kwargs)
         self.mask_learning_rate = mask_learning_rate
         self.mask_weight_decay = mask_weight_decay
         self.mask_optimizer_states = mask_optimizer_states
-        if mask_optimizer_states not in (None, *STATES):
-            raise ConfigError(f"mask_optimizer_states={mask_optimizer_states!r}: choose one of {STATES}, or None")
         if mask_optimizer_states is not None and not self._chooses_optimizer():
             raise ConfigError(
                 f"mask_optimizer_states={mask_optimizer_states!r} is for MaskAdamW, but another optimizer is asked for "
@@ -78,14 +76,6 @@ class NMSparseTrainer(Trainer):
         self.optimizer_in_backward = optimizer_in_backward
         if optimizer_in_backward:
             self._check_in_backward()
-        self.distillation = distillation
-        if distillation is not None and self.args.n_gpu > 1:
-            raise ConfigError(
-                f"distillation does not work with nn.DataParallel, which one process with {self.args.n_gpu} GPUs means to "
-                "the Trainer; start one process per GPU (torchrun), or show it one GPU (CUDA_VISIBLE_DEVICES)"
-            )
-        self._distilled: torch.Tensor | None = None  # sum of the term since the last log line
-        self._distilled_since = 0  # the step before it
         callbacks = self.callback_handler.callbacks
         metrics = next((c for c in callbacks if isinstance(c, MaskMetricsCallback)), MaskMetricsCallback())
         if metrics in callbacks:
@@ -105,9 +95,13 @@ class NMSparseTrainer(Trainer):
         logits = {id(p): p for name, p in named if ".nmsparse_logits." in name and p.requires_grad}
         low = any(parameter.dtype == torch.bfloat16 for parameter in logits.values())
         ours = low or self.mask_optimizer_states is not None or self.optimizer_in_backward
+        given = self.optimizer_cls_and_kwargs
         if ours and self._chooses_optimizer():
             self.optimizer_cls_and_kwargs = MaskAdamW, self._adamw_options()
-        optimizer = super().create_optimizer(model)
+        try:
+            optimizer = super().create_optimizer(model)
+        finally:
+            self.optimizer_cls_and_kwargs = given  # a hyperparameter search asks again, with other options
         moved = [p for group in optimizer.param_groups for p in group["params"] if id(p) in logits]
         for group in optimizer.param_groups:
             group["params"] = [p for p in group["params"] if id(p) not in logits]
@@ -159,102 +153,49 @@ class NMSparseTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         """Create the scheduler, and warn if the run is too short to change any mask."""
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
         self.warn_if_masks_cannot_move(num_training_steps)
-        return super().create_scheduler(num_training_steps, optimizer)
+        return scheduler
 
     def warn_if_masks_cannot_move(self, num_training_steps: int) -> bool:
-        """Whether Adam, which moves a logit by at most about its learning rate a step, hardly crosses the prior's gap."""
-        learning_rate = self.args.learning_rate if self.mask_learning_rate is None else self.mask_learning_rate
-        travel = learning_rate * num_training_steps
-        strengths = [layer.configs[name].prior_strength for _, layer, name in trained_layers(self.model)]
+        """Whether Adam, which moves a logit by at most about its learning rate a step, hardly crosses the prior's gap.
+
+        The learning rates are summed over the run, of phases over the one with the smallest sum; where the scheduler does not
+        tell them beforehand the first stands for all. Where `prior_confidence` scales the gaps the smallest counts: those
+        groups are meant to change first.
+        """
+        rates = self._mask_learning_rates(num_training_steps)
+        phases = next((c for c in self.callback_handler.callbacks if isinstance(c, MaskPhaseCallback)), None)
+        spans = [(0, num_training_steps)] if phases is None else phases.spans
+        travel, (first, end) = min((sum(rates[slice(*span)]), span) for span in spans)
+        configs = [layer.configs[name] for _, layer, name in trained_layers(self.model)]
+        factors = (CONFIDENCE_FACTORS[0] if config.prior_confidence else 1 for config in configs)
+        strengths = [factor * config.prior_strength for factor, config in zip(factors, configs, strict=True)]
         gap = max(strengths, default=0.0) * LOGIT_STD
         if travel >= gap:
             return False
+        highest = max(rates[first:end], default=0.0)
         logger.warning(
-            "learning rate %g x %d steps moves a logit by at most about %.2g, but the prior's gap is %.2g: hardly any mask "
-            "will change. Use a learning rate of at least %.2g, more steps, or a smaller prior_strength",
-            learning_rate,
-            num_training_steps,
+            "learning rates of up to %g over %d steps move a logit by at most about %.2g, but the prior's gap is %.2g: hardly "
+            "any mask will change. Use a learning rate of at least %.2g, more steps, or a smaller prior_strength",
+            highest,
+            end - first,
             travel,
             gap,
-            3 * gap / max(1, num_training_steps),
+            3 * gap * highest / travel if travel else 3 * gap / max(1, end - first),
         )
         return True
 
-    # --- distillation -----------------------------------------------------------------------------------------------
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
-        """The Trainer's loss; in training with `distillation`, weighted and with the distillation term."""
-        if self.distillation is None or not model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        given = dict(inputs)  # label smoothing takes the labels out
-        # The student first: its loss has freed its temporaries when the teacher's logits come.
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        term = self._distillation_term(model, given, logits_of(outputs), num_items_in_batch).to(loss.device)
-        loss = self.distillation.loss_weight * loss + self.distillation.distillation_weight * term
-        return (loss, outputs) if return_outputs else loss
-
-    def _distillation_term(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        student: torch.Tensor,
-        num_items_in_batch: torch.Tensor | int | None,
-    ) -> torch.Tensor:
-        """T^2 KL, scaled as the Trainer's own loss is: over the items of the whole step where the Trainer counts them.
-
-        Where it does not (models that take no loss arguments), the mean of the batch, which the Trainer then divides by
-        the accumulation steps together with the task loss.
-        """
-        label_key = self._label_key(inputs)
-        if "shift_labels" in inputs:  # of collators that shift; the Trainer counts by them too
-            keep = counted_positions(inputs["shift_labels"], student, next_token=False)
-        else:
-            keep = counted_positions(inputs[label_key], student, predicts_next_token(self.model))
-        steps = self.current_gradient_accumulation_steps
-        divided_later = not self._loss_is_scaled(num_items_in_batch)
-        if divided_later or num_items_in_batch is None:
-            denominator = keep.sum().clamp(min=1) * (1 if divided_later else steps)
-        else:
-            denominator = num_items_in_batch
-        teacher = teacher_logits(model, inputs, label_key)
-        term = distillation_loss(student, teacher, keep, self.distillation.temperature, denominator)
-        if denominator is num_items_in_batch and self.args.average_tokens_across_devices:
-            # The items are those of all processes, and their gradients are averaged.
-            term = term * (self.accelerator.num_processes // self.get_tp_size())
-        self._note(term.detach() / (steps if divided_later else 1))
-        return term
-
-    def _label_key(self, inputs: dict[str, Any]) -> str:
-        for key in ("labels", *self.label_names):
-            if inputs.get(key) is not None:
-                return key
-        raise ConfigError(
-            f"distillation needs labels to know which positions count, but the batch has only {sorted(inputs)}; "
-            "name the labels' key in TrainingArguments(label_names=[...])"
-        )
-
-    def _loss_is_scaled(self, num_items_in_batch: torch.Tensor | int | None) -> bool:
-        """Whether `training_step` takes the loss as it is: its own rule, since it divides the sum of both terms."""
-        if self.loss_is_scaled_for_ga is not None:
-            return self.loss_is_scaled_for_ga
-        counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-        return counted or self.compute_loss_func is not None
-
-    def _note(self, term: torch.Tensor) -> None:
-        if self._distilled is None:
-            self._distilled, self._distilled_since = torch.zeros_like(term), self.state.global_step
-        self._distilled += term
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the mean distillation term since the last log line beside the mean loss."""
-        if "loss" in logs and self._distilled is not None:
-            mean = self.accelerator.gather(self._distilled).mean().item()  # of all processes, without a sync each step
-            logs["nm/distillation_loss"] = mean / (self.state.global_step - self._distilled_since)
-            self._distilled = None
-        super().log(logs, start_time)
+    def _mask_learning_rates(self, steps: int) -> list[float]:
+        """The learning rate of the logits at each step, as far as it is known beforehand."""
+        scheduler = self.lr_scheduler
+        logits = {id(layer.nmsparse_logits[name].weight) for _, layer, name in trained_layers(self.model)}
+        groups = [] if scheduler is None else scheduler.optimizer.param_groups
+        found = [i for i, group in enumerate(groups) if any(id(parameter) in logits for parameter in group["params"])]
+        if not found:  # shards stand in the place of the parameters
+            return [self.args.learning_rate if self.mask_learning_rate is None else self.mask_learning_rate] * steps
+        first = {i: float(groups[i].get("initial_lr", groups[i]["lr"])) for i in found}
+        fastest = max(found, key=first.__getitem__)
+        if not isinstance(scheduler, LambdaLR):
+            return [first[fastest]] * steps
+        return [first[fastest] * scheduler.lr_lambdas[fastest](step) for step in range(steps)]
