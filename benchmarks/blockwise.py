@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="the tiny trained Llama of the tests")
     parser.add_argument("--blocks", type=int, help="mask only the first blocks; by default all")
     parser.add_argument("--steps", type=int, default=100, help="for each block")
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--samples", type=int, default=128, help="windows of 256 tokens to learn from")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--rows", type=int, nargs="+", default=list(range(len(ROWS))), help="which of the rows")

@@ -109,7 +109,7 @@ def test_the_model_is_better_than_under_its_magnitude_prior(inputs):
     train, test = (
         torch.from_numpy(np.load(TINY / f"{part}_tokens.npy").astype(np.int64)) for part in ("train", "test")
     )
-    held_out = windows(test, 128)[:16]
+    held_out = windows(test, 128)[:24]
     before = hard_mask_loss(model, held_out)
     calibration = windows(train, 128, samples=16)
     with nothing_else_changes(model):

@@ -559,22 +559,25 @@ def test_only_logits_go_into_the_optimizer_group_of_the_masks(make_llama, uneven
 
 # --- the command line -----------------------------------------------------------------------------------------------
 def test_the_options_of_train_mean_a_distillation():
-    assert cli_distillation(False, None, None) is None
-    assert cli_distillation(True, None, None) == Distillation()
-    assert cli_distillation(True, 0.75, 3.0) == Distillation(0.25, 0.75, 3.0)
-    for wanted, weight, temperature, said in (
-        (False, 0.5, None, "need --distill"),
-        (False, None, 1.0, "need --distill"),
-        (True, 0.0, None, "--distill-weight"),
-        (True, 1.5, None, "--distill-weight"),
-        (True, None, 0.0, "temperature"),
+    nothing = dict.fromkeys(("weight", "temperature", "top_k", "hidden"))
+    assert cli_distillation(False, **nothing) is None
+    assert cli_distillation(True, **nothing) == Distillation()
+    given = {"weight": 0.75, "temperature": 3.0, "top_k": 8, "hidden": 0.5}
+    assert cli_distillation(True, **given) == Distillation(0.25, 0.75, 3.0, top_k=8, hidden_weight=0.5)
+    for wanted, options, said in (
+        *((False, {name: value}, "need --distill") for name, value in given.items()),
+        (True, {"weight": 0.0}, "--distill-weight"),
+        (True, {"weight": 1.5}, "--distill-weight"),
+        (True, {"temperature": 0.0}, "temperature"),
+        (True, {"top_k": 0}, "top_k"),
+        (True, {"hidden": -1.0}, "hidden_weight"),
     ):
         with pytest.raises(ConfigError, match=said):
-            cli_distillation(wanted, weight, temperature)
+            cli_distillation(wanted, **nothing | options)
 
 
 def test_a_run_of_train_hands_it_to_the_trainer_and_records_it(make_llama, tokens, tmp_path):
-    run = TrainingRun("base", "text", None, "text", 16, None, "polish", Distillation(0.25, 0.75))
+    run = TrainingRun("base", "polish", 16, seed=0, data="text", distillation=Distillation(0.25, 0.75))
     run.train_windows = tokens
     arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True, max_steps=1)
     trainer = run.trainer(masked(make_llama()), arguments)

@@ -36,14 +36,14 @@ class TrainingRun:
 
     Args:
         name (`str`): Hub id or folder of the base model.
+        prior (`str`): criterion or published mask to start from.
+        eval_tokens (`int`): tokens of the evaluation text to use.
+        seed (`int`): of what is drawn.
         data (`str`, *optional*): source of the text to learn from.
         self_tokens (`int`, *optional*): tokens that the dense model writes instead.
         eval_data (`str`, *optional*): source of the held-out text.
         calibration (`str`, *optional*): source of the text for the prior; by default the text to learn from.
-        eval_tokens (`int`): tokens of the evaluation text to use.
         sequence_length (`int`, *optional*): tokens a window.
-        prior (`str`): criterion or published mask to start from.
-        seed (`int`): of what is drawn.
         blockwise_steps (`int`, *optional*): steps of a sweep block by block, before the Trainer's.
         distillation (`Distillation`, *optional*): how the dense base teaches, if it does.
         teacher_file (`Path`, *optional*): where what it says is kept.
@@ -52,19 +52,19 @@ class TrainingRun:
     """
 
     name: str
-    data: str | None
-    self_tokens: int | None
-    eval_data: str | None
-    calibration: str | None
-    eval_tokens: int
-    sequence_length: int | None
     prior: str
+    eval_tokens: int
     seed: int
-    blockwise_steps: int | None
-    distillation: Distillation | None
-    teacher_file: Path | None
-    general_mask: str | None
-    trainer_options: dict[str, Any]
+    data: str | None = None
+    self_tokens: int | None = None
+    eval_data: str | None = None
+    calibration: str | None = None
+    sequence_length: int | None = None
+    blockwise_steps: int | None = None
+    distillation: Distillation | None = None
+    teacher_file: Path | None = None
+    general_mask: str | None = None
+    trainer_options: dict[str, Any] = field(default_factory=dict)
     teacher: TeacherCache | None = None
     tokenizer: Any = None
     length: int = 0

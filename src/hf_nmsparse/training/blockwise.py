@@ -62,7 +62,7 @@ def learn_blockwise(
     *,
     adapter_name: str | None = None,
     steps: int = 100,
-    learning_rate: float = 3e-3,
+    learning_rate: float = 2e-3,
     batch_size: int = 4,
     inputs: Inputs = "pruned",
     tokenizer: Any = None,
