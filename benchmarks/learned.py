@@ -203,6 +203,8 @@ def learn(
     if recipe.blockwise_steps:
         begun = time.perf_counter()
         report = nms.learn_blockwise(model, calibration, steps=recipe.blockwise_steps)
+        for layer in mask_layers(model).values():  # as a prior: the schedules begin again
+            layer.set_prior_codes("default", layer.mask_codes("default"))
         result["blockwise_minutes"] = minutes_since(begun)
         result["block_errors"] = [(block.error_before, block.error_after) for block in report.blocks]
     codes = {name: layer.mask_codes("default") for name, layer in mask_layers(model).items()}

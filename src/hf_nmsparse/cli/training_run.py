@@ -141,9 +141,12 @@ class TrainingRun:
         self.train_windows = self_data(model, self.tokenizer, count, self.length, seed=self.seed)
 
     def _learn_blockwise(self, model: PeftModel) -> None:
+        from ..adapter import mask_layers
         from ..training import learn_blockwise
 
         report = learn_blockwise(model, self._calibration_windows(), steps=self.blockwise_steps)
+        for layer in mask_layers(model).values():  # as a prior: the schedules begin again
+            layer.set_prior_codes("default", layer.mask_codes("default"))
         before, after = (
             sum(getattr(block, name) for block in report.blocks) / len(report.blocks)
             for name in ("error_before", "error_after")

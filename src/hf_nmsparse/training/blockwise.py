@@ -88,7 +88,8 @@ def learn_blockwise(
             each of which is a batch.
         adapter_name (`str`, *optional*): which adapter; the active one by default. No other mask may be active.
         steps (`int`): optimizer steps for each block.
-        learning_rate (`float`): of the logits, at the first step.
+        learning_rate (`float`): of the logits, at the first step. Too high a rate can make the model worse although the
+            error of each block falls: measure the model afterwards.
         batch_size (`int`): windows a step, for tokens and texts.
         inputs (`str`): what enters a block: outputs of the `"pruned"` blocks before it, with their learned hard masks, so
             that a block makes up for some of what those before it lost; or of the `"dense"` ones.

@@ -233,8 +233,7 @@ def masks_off(layers: Iterable[NMSparseLayer]) -> Iterator[None]:
 def _shares(sample: Sample) -> torch.Tensor:
     """`1 / (tokens ||t||^2)` for each token t of a batch, 0 at padding.
 
-    Relative to its own size each token counts alike; else the few with massive activations (Sun et al., arXiv 2402.17762)
-    would be all that is learned.
+    Relative to its own size each token counts alike, also the few with massive activations (Sun et al., arXiv 2402.17762).
     """
     energy = sample.hidden.float().square().sum(-1)
     shares = torch.where(energy > 0, 1 / energy, 0)
