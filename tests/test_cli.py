@@ -4,7 +4,6 @@
 import json
 import os
 import random
-import shlex
 import shutil
 import signal
 import subprocess
@@ -13,38 +12,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import facts, run
 from families import FAMILIES
 from local_hub import as_the_hub
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from typer.testing import CliRunner
 
 import hf_nmsparse as nms
 from hf_nmsparse.cli.folders import Kind, kind_of
-from hf_nmsparse.cli.main import app
 from hf_nmsparse.results import RunResults
 
 SHORT = "--sequence-length 32"
 STEPS = f"{SHORT} --max_steps 3 --per_device_train_batch_size 2 --logging_steps 1 --save_steps 2 --learning_rate 0.05"
-
-
-def run(line: str, code: int = 0):
-    """Run `nmsparse LINE` and hold it to its exit code."""
-    result = CliRunner().invoke(app, shlex.split(line))
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.stderr
-    return result
-
-
-def facts(line: str, code: int = 0) -> dict:
-    """The one JSON object that `nmsparse LINE --json` prints; NaN and infinity are no JSON."""
-
-    def refuse(constant: str) -> None:
-        raise AssertionError(f"{constant} is no JSON")
-
-    return json.loads(run(f"{line} --json", code).stdout, parse_constant=refuse)
 
 
 def everything_in(folder: Path) -> list[str]:

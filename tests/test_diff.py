@@ -1,22 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Comparing masks, and what the command line says of deltas."""
 
-import json
-import shlex
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from command_line import facts, run
 from local_hub import as_the_hub
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
 
 import hf_nmsparse as nms
 from hf_nmsparse import NMPattern, NMSparseConfig
 from hf_nmsparse.adapter import mask_layers
-from hf_nmsparse.cli.main import app
 from hf_nmsparse.errors import ConfigError
 from hf_nmsparse.hub import Difference
 
@@ -47,18 +44,6 @@ def make_masked(base_folder):
 
 def masks_of(model) -> dict[str, torch.Tensor]:
     return {name: layer.hard_mask("default") for name, layer in mask_layers(model).items()}
-
-
-def run(line: str, code: int = 0):
-    result = CliRunner().invoke(app, shlex.split(line))
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.stderr
-    return result
-
-
-def facts(line: str, code: int = 0) -> dict:
-    return json.loads(run(f"{line} --json", code).stdout)
 
 
 # --- diff_masks -----------------------------------------------------------------------------------------------------

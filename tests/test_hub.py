@@ -1,24 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pushing to and pulling from a Hub on localhost: one commit or none, clear refusals, and everything loads by its id."""
 
-import json
 import logging
 import re
-import shlex
 from pathlib import Path
 
 import pytest
 import torch
+from command_line import facts, run
 from huggingface_hub import HfApi, constants
 from local_hub import GUEST_TOKEN, File, Refusal, as_the_hub
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
 
 import hf_nmsparse as nms
 from hf_nmsparse import NMSparseConfig
 from hf_nmsparse.adapter import mask_layers
-from hf_nmsparse.cli.main import app
 from hf_nmsparse.errors import ConfigError, FormatError, HubError
 
 MASK, PACKED = "user/mask", "user/packed"
@@ -63,18 +60,6 @@ def make_packed(make_llama):
 
 def load(base_folder, *arguments, **options):
     return nms.load_mask(AutoModelForCausalLM.from_pretrained(base_folder), *arguments, **options)
-
-
-def run(line: str, code: int = 0):
-    result = CliRunner().invoke(app, shlex.split(line))
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.stderr
-    return result
-
-
-def facts(line: str, code: int = 0) -> dict:
-    return json.loads(run(f"{line} --json", code).stdout)
 
 
 def names_in(folder: Path) -> list[str]:

@@ -88,6 +88,13 @@ LogitsDtypeOption = Annotated[
     str,
     typer.Option("--logits-dtype", help="Of the logits and their gradients: float32, or bfloat16 for half the bytes."),
 ]
+InBackwardOption = Annotated[
+    bool,
+    typer.Option(
+        "--optimizer-in-backward",
+        help="Step in the backward pass, so that no gradients are held; trains with --max_grad_norm 0, no accumulation.",
+    ),
+]
 OptimizerStatesOption = Annotated[
     str | None,
     typer.Option(

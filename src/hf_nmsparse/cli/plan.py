@@ -12,6 +12,7 @@ from .models import empty_model
 from .options import (
     DeltaOption,
     DenseLayersOption,
+    InBackwardOption,
     JsonOption,
     LogitsDtypeOption,
     LowRankOption,
@@ -28,10 +29,6 @@ if TYPE_CHECKING:
     from ..training import Plan
 
 
-InBackwardOption = Annotated[
-    bool,
-    typer.Option("--in-backward", help="The optimizer steps in the backward pass, so that no gradients are held."),
-]
 CheckpointingOption = Annotated[
     bool,
     typer.Option("--gradient-checkpointing", help="Blocks are computed again in the backward pass, so less is held."),
@@ -44,7 +41,7 @@ def plan(
     relaxation: RelaxationOption = "candidates",
     logits_dtype: LogitsDtypeOption = "float32",
     mask_optimizer_states: OptimizerStatesOption = None,
-    in_backward: InBackwardOption = False,
+    optimizer_in_backward: InBackwardOption = False,
     gradient_checkpointing: CheckpointingOption = False,
     slorb_block: SlorbOption = None,
     slorb_train_projection: ProjectionOption = False,
@@ -74,7 +71,7 @@ def plan(
             dense_layers=listed(dense_layers) or None,
         )
         states = mask_optimizer_states or "float32"
-        planned = make_plan(empty_model(model), config, states, in_backward, gradient_checkpointing)
+        planned = make_plan(empty_model(model), config, states, optimizer_in_backward, gradient_checkpointing)
         answer.facts = {"model": model, **planned.to_dict()}
         show_plan(answer, model, planned)
         show_ways(answer, planned)

@@ -22,6 +22,7 @@ from .options import (
     DryRunOption,
     Dtype,
     DtypeOption,
+    InBackwardOption,
     JsonOption,
     LengthOption,
     LogitsDtypeOption,
@@ -98,13 +99,6 @@ ResampleOption = Annotated[
         "--resample",
         metavar="WHEN",
         help="How often masks are drawn: micro, for each micro-batch; or step, once a step.",
-    ),
-]
-InBackwardOption = Annotated[
-    bool,
-    typer.Option(
-        "--optimizer-in-backward",
-        help="Step in the backward pass, so that no gradients are held; needs --max_grad_norm 0 and no accumulation.",
     ),
 ]
 SlorbInitOption = Annotated[
