@@ -60,7 +60,7 @@ class Recipe:
 
     prior: str = "polish"
     blockwise_steps: int = 0
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     config: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
     arguments: dict[str, Any] = field(default_factory=dict)

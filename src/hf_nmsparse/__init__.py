@@ -38,6 +38,7 @@ _LAZY = {
     "read_mask": "hub",
     "save_mask": "hub",
     "verify": "hub",
+    "add_mask_decay": "training",
     "Distillation": "training",
     "MaskAdamW": "training",
     "MaskMetricsCallback": "training",

@@ -5,7 +5,7 @@ from .._compat import check_before_merging, register_peft_method_once
 from .base_weight import BaseWeight, base_weights, linear_and_expert_weights
 from .config import NMSparseConfig
 from .layer import NMSparseLayer
-from .linear import NMSparseLinear, ParamWrapper
+from .linear import NMSparseConv2d, NMSparseLinear, ParamWrapper
 from .model import NMSparseModel, mask_layers, refuse_to_merge_over_a_mask, set_mask_step
 from .terms import TERM_CONTAINERS, side_branch, term_shapes
 
@@ -20,6 +20,7 @@ __all__ = [
     "TERM_CONTAINERS",
     "BaseWeight",
     "NMSparseConfig",
+    "NMSparseConv2d",
     "NMSparseLayer",
     "NMSparseLinear",
     "NMSparseModel",

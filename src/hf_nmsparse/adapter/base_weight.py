@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The weight under a mask, seen as `[out, in]` whatever its module is: linear, GPT-2's Conv1D, quantised, fused experts."""
+"""The weight under a mask, seen as `[out, in]` whatever its module is: linear, GPT-2's Conv1D, convolution, quantised, experts."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ from .._compat import keep_quantised_layout
 from ..errors import UnsupportedError
 from ..fingerprint import fingerprint
 
+MASKABLE = (nn.Linear, Conv1D, nn.Conv2d)
+
 
 @dataclass(frozen=True)
 class BaseWeight:
-    """One weight that a mask can be put on. Groups of the mask run along its last dimension, the inputs.
+    """One weight that a mask can be put on. Groups of the mask run along its last dimension, the inputs; of a convolution these
+    are the input channels at each place of the kernel, one place after the other.
 
     Args:
         module (`nn.Module`): holds the weight.
@@ -50,6 +53,11 @@ class BaseWeight:
         return self.stored.shape[0] if self.stored.dim() == 3 else None
 
     @property
+    def is_convolution(self) -> bool:
+        """Whether it is the kernel of a convolution, `[out, channels, height, width]`."""
+        return isinstance(self.module, nn.Conv2d)
+
+    @property
     def is_fused_experts(self) -> bool:
         """Whether transformers says that this holds experts (any other 3-D parameter may be a table or a kernel)."""
         floats = self.stored.is_floating_point() and self.stored.itemsize > 1
@@ -62,6 +70,8 @@ class BaseWeight:
         """(out, in); the rows of all experts one after the other."""
         if self.backend is not None:  # a quantised weight may be stored as a flat run of bytes
             return self.module.out_features, self.module.in_features
+        if self.is_convolution:
+            return len(self.stored), self.stored[0].numel()
         *experts, rows, columns = self.stored.shape
         if self.transposed:
             rows, columns = columns, rows
@@ -72,11 +82,16 @@ class BaseWeight:
         if self.backend is not None:
             keep_quantised_layout(self.module)
             return self.backend.get_base_weight(self.module).detach()
+        if self.is_convolution:
+            return self.stored.permute(0, 2, 3, 1).flatten(1)
         weight = self.stored.mT if self.transposed else self.stored
         return weight.flatten(0, 1) if weight.dim() == 3 else weight
 
     def restore(self, weight: torch.Tensor) -> torch.Tensor:
         """`[out, in]` in the shape in which the module stores it."""
+        if self.is_convolution:
+            _, channels, *kernel = self.stored.shape
+            return weight.unflatten(1, (*kernel, channels)).permute(0, 3, 1, 2)
         if self.num_experts is not None:
             weight = weight.unflatten(0, (self.num_experts, -1))
         return weight.mT if self.transposed else weight
@@ -96,8 +111,8 @@ class BaseWeight:
         return None if self.backend is not None else fingerprint(self.read())
 
 
-def linear_base_weight(module: nn.Module, name: str, **quantization: object) -> BaseWeight:
-    """The weight of a linear layer.
+def module_base_weight(module: nn.Module, name: str, **quantization: object) -> BaseWeight:
+    """The weight of a linear layer or a convolution.
 
     Args:
         module (`nn.Module`): the layer.
@@ -113,10 +128,10 @@ def linear_base_weight(module: nn.Module, name: str, **quantization: object) -> 
             f"{name} is quantised with {backend.backend_name}, whose weights cannot be read back; load the model "
             "unquantised or with bitsandbytes"
         )
-    if backend is None and type(module) not in (nn.Linear, Conv1D):
+    if backend is None and type(module) not in MASKABLE:
         raise UnsupportedError(
             f"{name} is a {type(module).__module__}.{type(module).__name__}; masks go on linear layers (torch.nn.Linear, "
-            "Conv1D of transformers, bitsandbytes layers). Leave it out with exclude_modules, or decompress the model "
+            "Conv1D of transformers, bitsandbytes layers) and on torch.nn.Conv2d. Leave it out with exclude_modules, or decompress the model "
             "first if it is packed"
         )
     return BaseWeight(module, backend=backend)
@@ -157,7 +172,7 @@ def base_weights(model: nn.Module) -> dict[str, BaseWeight]:
             continue
         name = path.replace(".base_layer", "")
         backend = resolve_quantization_backend(module) if isinstance(module, nn.Linear) else None
-        if type(module) in (nn.Linear, Conv1D) or (backend is not None and backend.supports_merge):
+        if type(module) in MASKABLE or (backend is not None and backend.supports_merge):
             found[name] = BaseWeight(module, backend=backend)
             continue
         for parameter_name, parameter in module.named_parameters(recurse=False):

@@ -81,6 +81,11 @@ def _check_alike(
                 f"adapter {name!r} trains more than its mask ({field}), which a combination would lose; combine masks without "
                 "it"
             )
+    if config.trains_weight:
+        raise UnsupportedError(
+            f"adapter {name!r} has weights of its own (relaxation {config.relaxation!r}), which a combination of masks would lose; "
+            "combine adapters that learn masks alone"
+        )
     if config.has_side_branch or config.delta_rank is not None:
         raise UnsupportedError(
             f"adapter {name!r} has terms beside its mask (slorb_block, low_rank, delta_rank), which fit that one mask only; "

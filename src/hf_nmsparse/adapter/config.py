@@ -23,8 +23,10 @@ class NMSparseConfig(PeftConfig):
 
     Args:
         pattern (`str`): `"n:m"`, n weights kept of each m consecutive ones along the input dimension; m <= 16.
-        relaxation (`str`): how logits become a mask while training; `"candidates"` (one logit a candidate, MaskLLM's) or
-            `"elementwise"` (one a weight, any pattern).
+        relaxation (`str`): how a mask is trained: by logits over the frozen weight, `"candidates"` (one logit a candidate,
+            MaskLLM's), `"elementwise"` (one a weight, any pattern) or `"straight_through"` (one a weight, hard masks at all
+            times); or by training the weight, of which the adapter then holds its own: `"ast"`, `"pdp"`, `"bdwp"`,
+            `"transposable"`. See docs/METHODS.md.
         mask_format (`str`): `"logits"` (trainable checkpoint) or `"packed"` (a published mask: codes only). In the file of a
             mask that is stored as a delta, `"delta"`: only `nms.load_mask` and `nms.read_mask` read it.
         general_mask (`dict`, *optional*): in the file of a delta: where its general mask lies; `None` everywhere else.
@@ -36,18 +38,23 @@ class NMSparseConfig(PeftConfig):
             magnitude, wanda and polish.
         schedule (`str`): how temperature and logit scale go from start to end: `"linear"` (MaskLLM's), `"cosine"`,
             `"exponential"` (the same ratio each step) or `"constant"` (the start's all the time).
-        temperature (`tuple[float, float]`): Gumbel-softmax temperature at the start and the end of training.
+        temperature (`tuple[float, float]`, *optional*): at the start and the end of training: of the Gumbel-softmax, by default
+            (4.0, 0.05); of `"pdp"`, relative to the mean of w^2, by default (0.25, 0.01).
         logit_scale (`tuple[float, float]`): factor on the logits (kappa) at the start and the end.
         magnitude_regularization (`float`): lambda of the term that rewards keeping large weights; decays to 0.
         resample (`str`): `"micro"`, a fresh mask each micro-step, or `"step"`, one mask per optimizer step, sampled once and
             shared by its micro-batches and recomputed blocks; that holds the bytes of the masked weights until the step.
         seed (`int`): seed of the mask noise.
         logits_dtype (`str`): `"float32"`, or `"bfloat16"`, which halves logits and their gradients and needs an optimizer
-            that rounds stochastically, as `nms.MaskAdamW` does; stored in the checkpoint as they are.
+            that rounds stochastically, as `nms.MaskAdamW` does; stored in the checkpoint as they are. Of relaxations that
+            train the weight: the dtype of that.
+        mask_interval (`int`, *optional*): of `"ast"`: optimizer steps from one mask to the next; `None` trains under the prior.
+        srste_decay (`float`), srste_ramp (`float`): of `"ast"` and `"straight_through"`: what is added to the gradient of a
+            pruned weight is up to `srste_decay` times the weight, after a linear ramp over that share of the steps.
         slorb_block (`int`, *optional*): k: adds SLoRB beside the mask, one value per row and block of k inputs (AST,
             arXiv 2407.20584). Merging it gives a dense weight; `nms.compress` keeps it beside the packed one.
-        slorb_init (`str`): `"mean"` or `"sum"` of the pruned weights of each block, renewed with each prior; or
-            `"closed_form"`: starts at zero and waits for `nms.fit_side_branch`.
+        slorb_init (`str`): `"mean"` or `"sum"` of the pruned weights of each block, renewed with each prior; `"xavier"`, random;
+            or `"closed_form"`: starts at zero and waits for `nms.fit_side_branch`.
         slorb_train_projection (`bool`): train SLoRB's projection too (then it is a low-rank term of rank in/k).
         low_rank (`int`, *optional*): r: adds a low-rank term beside the mask, `y += (x A^T) B^T`; see
             `nms.fit_side_branch`.
@@ -79,14 +86,19 @@ class NMSparseConfig(PeftConfig):
     prior_strength: float = field(default=3.0, metadata={"help": "strength of the prior (MaskLLM's alpha)"})
     prior_confidence: bool = field(default=False, metadata={"help": "scale the prior by how sure its criterion was"})
     schedule: str = field(default="linear", metadata={"help": "how temperature and logit scale move"})
-    temperature: tuple[float, float] = field(default=(4.0, 0.05), metadata={"help": "start and end temperature"})
+    temperature: tuple[float, float] | None = field(default=None, metadata={"help": "start and end temperature"})
     logit_scale: tuple[float, float] = field(default=(100.0, 500.0), metadata={"help": "start and end logit scale"})
     magnitude_regularization: float = field(default=1e-5, metadata={"help": "reward for keeping large weights"})
     resample: Literal["micro", "step"] = field(default="micro", metadata={"help": "how often masks are drawn"})
     seed: int = field(default=0, metadata={"help": "seed of the mask noise"})
     logits_dtype: Literal["float32", "bfloat16"] = field(default="float32", metadata={"help": "dtype of the logits"})
+    mask_interval: int | None = field(default=10, metadata={"help": "steps from one mask to the next (ast)"})
+    srste_decay: float = field(default=1e-4, metadata={"help": "decay of pruned weights (ast, straight_through)"})
+    srste_ramp: float = field(default=0.25, metadata={"help": "share of the steps over which that decay grows"})
     slorb_block: int | None = field(default=None, metadata={"help": "inputs per block of the SLoRB side branch"})
-    slorb_init: Literal["mean", "sum", "closed_form"] = field(default="mean", metadata={"help": "how SLoRB starts"})
+    slorb_init: Literal["mean", "sum", "xavier", "closed_form"] = field(
+        default="mean", metadata={"help": "how SLoRB starts"}
+    )
     slorb_train_projection: bool = field(default=False, metadata={"help": "train SLoRB's projection"})
     low_rank: int | None = field(default=None, metadata={"help": "rank of the term beside the mask"})
     delta_rank: int | None = field(default=None, metadata={"help": "rank of the change of the kept weights"})
@@ -108,8 +120,10 @@ class NMSparseConfig(PeftConfig):
         self.peft_type = register_peft_type("NMSPARSE")
         self._check_version()
         self.pattern = str(NMPattern(self.pattern))
-        get_relaxation(self.relaxation)
+        relaxation = get_relaxation(self.relaxation)
         get_schedule(self.schedule)
+        if self.temperature is None:
+            self.temperature = relaxation.default_temperature
         self.temperature = _pair("temperature", self.temperature)
         self.logit_scale = _pair("logit_scale", self.logit_scale)
         self._check_values()
@@ -141,7 +155,7 @@ class NMSparseConfig(PeftConfig):
             "mask_format": ("logits", "packed"),
             "resample": ("micro", "step"),
             "logits_dtype": ("float32", "bfloat16"),
-            "slorb_init": ("mean", "sum", "closed_form"),
+            "slorb_init": ("mean", "sum", "xavier", "closed_form"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -150,6 +164,15 @@ class NMSparseConfig(PeftConfig):
             raise ConfigError(f"prior_strength={self.prior_strength!r} must be a positive number")
         if not _is_number(self.magnitude_regularization) or self.magnitude_regularization < 0:
             raise ConfigError(f"magnitude_regularization={self.magnitude_regularization!r} must be a number >= 0")
+        if (
+            not get_relaxation(self.relaxation).takes_prior
+            and self.prior != "magnitude"
+            and self.mask_format == "logits"
+        ):
+            raise ConfigError(
+                f"prior={self.prior!r}: relaxation {self.relaxation!r} takes its mask from the magnitudes of the weights; leave "
+                'prior out, or use relaxation="ast"'
+            )
         if not isinstance(self.prior_confidence, bool):
             raise ConfigError(f"prior_confidence={self.prior_confidence!r} must be True or False")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
@@ -160,10 +183,19 @@ class NMSparseConfig(PeftConfig):
             )
 
     def _check_terms(self) -> None:
-        for name in ("slorb_block", "low_rank", "delta_rank"):
+        for name in ("slorb_block", "low_rank", "delta_rank", "mask_interval"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ConfigError(f"{name}={value!r} must be a positive integer, or None for no such term")
+                raise ConfigError(f"{name}={value!r} must be a positive integer, or None for none")
+        for name in ("srste_decay", "srste_ramp"):
+            value = getattr(self, name)
+            if not _is_number(value) or value < 0:
+                raise ConfigError(f"{name}={value!r} must be a number >= 0")
+        if self.delta_rank is not None and self.trains_weight:
+            raise ConfigError(
+                f"delta_rank={self.delta_rank} changes the frozen weight, and relaxation {self.relaxation!r} trains that weight "
+                "itself; leave delta_rank out"
+            )
         if self.slorb_train_projection and self.slorb_block is None:
             raise ConfigError("slorb_train_projection=True needs slorb_block, the number of inputs in a block")
 
@@ -181,6 +213,11 @@ class NMSparseConfig(PeftConfig):
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError("layers_pattern needs layers_to_transform, the block indices to prune")
+
+    @property
+    def trains_weight(self) -> bool:
+        """Whether the adapter holds a weight of its own, which no mask alone can stand for."""
+        return self.mask_format == "logits" and get_relaxation(self.relaxation).trains_weight
 
     @property
     def has_side_branch(self) -> bool:

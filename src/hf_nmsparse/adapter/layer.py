@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
 from .. import ops
-from ..errors import ScheduleError
+from ..errors import ScheduleError, UnsupportedError
 from ..ops.shared_sample import SharedSample
 from ..relaxations import Moment, sampling_state
 from .state import MaskState
@@ -31,7 +31,7 @@ class NMSparseLayer(MaskState):
         if adapter_name in self.nmsparse_packed:
             return self._verified_codes(adapter_name)
         with torch.no_grad():
-            return self.relaxations[adapter_name].codes(self._parameters_of(adapter_name), self.in_features)
+            return self.relaxations[adapter_name].codes(self._tensors_of(adapter_name), self.in_features)
 
     def _verified_codes(self, adapter_name: str) -> torch.Tensor:
         """The codes of a published mask after `verify`, which has looked at every value."""
@@ -45,12 +45,18 @@ class NMSparseLayer(MaskState):
 
     def set_moment(self, adapter_name: str, moment: Moment | None) -> None:
         """Tell an adapter where training stands; `None` forgets it."""
-        if moment is not None and self.configs[adapter_name].resample == "step":
+        if moment is not None and self._same_all_step(adapter_name):
             moment = replace(moment, draw=0)
-        if moment != self.moments.get(adapter_name):
+        before = self.moments.get(adapter_name)
+        if moment != before:
             self.samples.pop(adapter_name, None)
+            self.backward_samples.pop(adapter_name, None)
             if moment is not None and self._may_share_samples(adapter_name):
-                self.samples[adapter_name] = SharedSample()
+                self.samples[adapter_name], self.backward_samples[adapter_name] = SharedSample(), SharedSample()
+        if moment is not None and self.is_sampling(adapter_name) and (before is None or moment.step != before.step):
+            with torch.no_grad():
+                config = self.configs[adapter_name]
+                self.relaxations[adapter_name].begin_step(self._tensors_of(adapter_name), config, moment)
         if moment is None:
             self.moments.pop(adapter_name, None)
             self.states.pop(adapter_name, None)
@@ -82,37 +88,56 @@ class NMSparseLayer(MaskState):
         if paused == self.paused.get(adapter_name, False):
             return
         self.paused[adapter_name] = paused
-        if paused and adapter_name in self.samples:
-            self.samples[adapter_name].forget()
+        if paused:
+            self.forget_samples()
 
     def is_sampling(self, adapter_name: str) -> bool:
-        """Whether the adapter's mask is soft and noisy now: its logits are in training."""
+        """Whether the adapter's mask is that of training now (soft and noisy, for most): its logits or weights are trained."""
         # Not torch.is_grad_enabled(): reentrant checkpointing runs its first forward without gradients.
-        if not self.training or adapter_name not in self.nmsparse_logits or self.paused.get(adapter_name, False):
+        trained = self.mask_parameter(adapter_name)
+        if not self.training or trained is None or self.paused.get(adapter_name, False):
             return False
-        return self.nmsparse_logits[adapter_name].weight.requires_grad
+        return trained.requires_grad
+
+    def mask_parameter(self, adapter_name: str) -> nn.Parameter | None:
+        """The trainable tensor that the mask is computed from, logits or weight; `None` of a published mask."""
+        container = getattr(self, self.relaxations[adapter_name].container)
+        return container[adapter_name].weight if adapter_name in container else None
+
+    @torch.no_grad()
+    def add_to_gradients(self, adapter_name: str) -> None:
+        """What the relaxation adds to its gradients before the optimizer steps."""
+        if adapter_name in self.moments and self.is_sampling(adapter_name):
+            config, moment = self.configs[adapter_name], self.moments[adapter_name]
+            self.relaxations[adapter_name].add_to_gradients(self._tensors_of(adapter_name), config, moment)
+
+    def _same_all_step(self, adapter_name: str) -> bool:
+        """Whether all passes of an optimizer step compute with the same weight."""
+        return self.configs[adapter_name].resample == "step" or self.relaxations[adapter_name].trains_weight
 
     def _may_share_samples(self, adapter_name: str) -> bool:
         """Whether one sample serves all passes of a step; asked between steps."""
-        if self.configs[adapter_name].resample != "step" or self.quantization_backend is not None:
+        if not self._same_all_step(adapter_name) or self.quantization_backend is not None:
             return False
         # Base weights that are sharded, offloaded or quantised save memory, which samples kept at full size would undo.
         stored = self.base_weight.stored
         whole = type(stored) is nn.Parameter and stored.numel() == self.out_features * self.in_features
         return whole and not stored.is_meta
 
-    def _shared_sample(self, adapter_name: str, parameters: dict[str, torch.Tensor]) -> SharedSample | None:
-        """Where to take the sample of the base weight from, or to leave it."""
-        if torch.compiler.is_compiling() or adapter_name not in self.samples:
+    def _shared_sample(
+        self, adapter_name: str, parameters: dict[str, torch.Tensor], samples: dict[str, SharedSample]
+    ) -> SharedSample | None:
+        """Where of `samples` to take the sample of the base weight from, or to leave it."""
+        if torch.compiler.is_compiling() or adapter_name not in samples:
             return None
-        sample, config = self.samples[adapter_name], self.configs[adapter_name]
+        sample, config = samples[adapter_name], self.configs[adapter_name]
         moment = self.moments[adapter_name], config.schedule, config.temperature, config.logit_scale
         tensors = [self.base_weight.stored, *parameters.values()]
         return sample if sample.serves(tensors, moment) else None
 
     def forget_samples(self) -> None:
         """Free the sampled weights that are kept for further passes of this optimizer step (`resample="step"`)."""
-        for sample in self.samples.values():
+        for sample in (*self.samples.values(), *self.backward_samples.values()):
             sample.forget()
 
     def enable_adapters(self, enabled: bool) -> None:
@@ -130,7 +155,7 @@ class NMSparseLayer(MaskState):
             return torch.where(mask, weight, weight.new_zeros(()))
         sampling = self.is_sampling(adapter_name)
         state = self._state(adapter_name, sampling)
-        shared = self._shared_sample(adapter_name, parameters) if sampling and is_base else None
+        shared = self._shared_sample(adapter_name, parameters, self.samples) if sampling and is_base else None
         if self.paused.get(adapter_name, False):
             parameters = {container: value.detach() for container, value in parameters.items()}
         relaxation = self.relaxations[adapter_name]
@@ -145,30 +170,56 @@ class NMSparseLayer(MaskState):
         """
         base = self.base_weight.read() if weight is None else None
         weight = base if weight is None else weight
-        parameters = {name: self._parameters_of(name) for name in adapter_names}
+        self._check_alone(adapter_names)
+        parameters = {name: self._tensors_of(name) for name in adapter_names}
         for name in adapter_names:  # all deltas before the first mask, so that none writes on pruned positions
             weight = with_delta(weight, parameters[name])
         for name in adapter_names:
             weight = self._masked(weight, name, parameters[name], is_base=weight is base)
         return weight
 
+    def backward_weight(self, adapter_names: list[str]) -> torch.Tensor | None:
+        """The weight `[out, in]` that the gradient of the input is computed with, if it is not the effective one."""
+        if len(adapter_names) != 1 or not self.is_sampling(adapter_names[0]):
+            return None
+        name = adapter_names[0]
+        parameters = self._tensors_of(name)
+        shared = self._shared_sample(name, parameters, self.backward_samples)
+        with torch.no_grad():
+            return self.relaxations[name].backward_weight(self.base_weight.read(), parameters, shared)
+
+    def _check_alone(self, adapter_names: list[str]) -> None:
+        trained = [name for name in adapter_names if self.relaxations[name].trains_weight]
+        if trained and len(adapter_names) > 1:
+            raise UnsupportedError(
+                f"{self.module_name}: adapter {trained[0]!r} has weights of its own and cannot be active together with others "
+                f"({', '.join(adapter_names)}); choose one with model.set_adapter(name)"
+            )
+
     def side_branch(self, adapter_names: list[str]) -> ops.SideBranch | None:
         """What the adapters add beside the masked weight, if anything."""
         branch = None
         for name in adapter_names:
             if self.configs[name].has_side_branch:
-                own = side_branch(self._parameters_of(name), self.configs[name])
+                own = side_branch(self._tensors_of(name), self.configs[name])
                 branch = own if branch is None else branch + own
         return branch
 
     def hard_weight(self, adapter_names: list[str]) -> torch.Tensor:
         """The weight that is left of the unmerged base weight under deltas and hard masks, exactly n:m, `[out, in]`."""
+        self._check_alone(adapter_names)
         weight = self._pristine()
         for name in adapter_names:
-            weight = with_delta(weight, self._parameters_of(name))
+            weight = with_delta(self._own_weight(name, weight), self._tensors_of(name))
         for name in adapter_names:
             weight = torch.where(self.hard_mask(name), weight, weight.new_zeros(()))
         return weight
+
+    def _own_weight(self, adapter_name: str, weight: torch.Tensor) -> torch.Tensor:
+        """The weight that an adapter trained in the place of `weight`, in its dtype; `weight` if it trains none."""
+        if not self.relaxations[adapter_name].trains_weight:
+            return weight
+        return self.nmsparse_weight[adapter_name].weight.detach().to(weight.dtype)
 
     def adapters_in_use(self) -> list[str]:
         """The merged adapters, else the active ones, of those this layer carries."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mask layers that stand in a model: around a linear layer, and around a module of fused experts."""
+"""The mask layers that stand in a model: around a linear layer, a convolution, and a module of fused experts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
+from .. import ops
 from ..errors import UnsupportedError
+from ..pattern import NMPattern
 from .base_weight import BaseWeight
 from .config import NMSparseConfig
 from .layer import NMSparseLayer
@@ -33,8 +35,8 @@ class _MaskModule(nn.Module):
         return super()._apply(fn, recurse)
 
 
-class NMSparseLinear(_MaskModule, NMSparseLayer):
-    """A linear layer under masks. ("Linear" in the name: PEFT's `all-linear` finds tuner layers by class name.)"""
+class _AroundOneWeight(_MaskModule, NMSparseLayer):
+    """A mask layer in the place of a module that has one weight."""
 
     def __init__(self, base: BaseWeight, module_name: str, adapter_name: str, config: NMSparseConfig) -> None:
         super().__init__()
@@ -44,6 +46,13 @@ class NMSparseLinear(_MaskModule, NMSparseLayer):
         self.update_layer(adapter_name, config)
         # A new module starts in training mode; added to a model in eval mode it would sample masks there.
         self.train(base.module.training)
+
+    def __repr__(self) -> str:
+        return "nmsparse." + super().__repr__()
+
+
+class NMSparseLinear(_AroundOneWeight):
+    """A linear layer under masks. ("Linear" in the name: PEFT's `all-linear` finds tuner layers by class name.)"""
 
     def forward(self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any):
         """`x` `[..., in]` -> `[..., out]`.
@@ -71,7 +80,13 @@ class NMSparseLinear(_MaskModule, NMSparseLayer):
         if self.quantization_backend is None:
             x = self._cast_input_dtype(x, weight.dtype)
         weight, bias = weight.to(x.dtype), self.base_layer.bias
-        y = F.linear(x, weight, bias if bias is None else bias.to(x.dtype))
+        bias = bias if bias is None else bias.to(x.dtype)
+        backward = self.backward_weight(list(adapter_names))
+        y = (
+            F.linear(x, weight, bias)
+            if backward is None
+            else ops.two_way_linear(x, weight, backward.to(x.dtype), bias)
+        )
         if (branch := self.side_branch(list(adapter_names))) is not None:
             y = y + branch(x)
         return y if self.quantization_backend is None else y.to(given)
@@ -95,8 +110,42 @@ class NMSparseLinear(_MaskModule, NMSparseLayer):
             y[rows] = part.to(y.dtype)
         return y
 
-    def __repr__(self) -> str:
-        return "nmsparse." + super().__repr__()
+
+class NMSparseConv2d(_AroundOneWeight):
+    """A convolution under masks, whose groups run along the input channels."""
+
+    def update_layer(self, adapter_name: str, config: NMSparseConfig) -> None:
+        convolution, m = self.get_base_layer(), NMPattern(config.pattern).m
+        channels = convolution.in_channels // convolution.groups
+        if channels % m:
+            raise UnsupportedError(
+                f"{self.module_name} has {channels} input channels in each of its {convolution.groups} groups, which is no multiple "
+                f"of {m}; a group of weights would go over two places of the kernel. Leave it out with exclude_modules"
+            )
+        if config.has_side_branch:
+            raise UnsupportedError(
+                f"{self.module_name} is a convolution; slorb_block and low_rank go beside linear layers only"
+            )
+        super().update_layer(adapter_name, config)
+
+    def forward(self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any):
+        """`x` `[batch, in, height, width]`, as the convolution itself."""
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None:
+            raise UnsupportedError(
+                f"{self.module_name}: a convolution computes a batch under one mask; run one batch for each adapter"
+            )
+        active = [name for name in self.active_adapters if name in self.configs]
+        if self.merged or not active:
+            return self.base_layer(x, *args, **kwargs)
+        weight = self.base_weight.restore(self.effective_weight(active))
+        x = self._cast_input_dtype(x, weight.dtype)
+        if (backward := self.backward_weight(active)) is not None:
+            return ops.two_way_conv2d(x, weight, self.base_weight.restore(backward), self.base_layer)
+        return functional_call(self.base_layer, {"weight": weight}, (x,))
 
 
 class ParamWrapper(_MaskModule, NMSparseLayer):

@@ -16,12 +16,12 @@ from peft.utils import get_quantization_kwargs
 from torch import nn
 
 from ..errors import ConfigError, FormatError, UnsupportedError
-from ..relaxations import Moment
-from .base_weight import BaseWeight, expert_base_weight, linear_base_weight
+from ..relaxations import RELAXATION_BUFFERS, Moment
+from .base_weight import BaseWeight, expert_base_weight, module_base_weight
 from .combine import combined_adapter
 from .config import NMSparseConfig
 from .layer import NMSparseLayer
-from .linear import NMSparseLinear, ParamWrapper
+from .linear import NMSparseConv2d, NMSparseLinear, ParamWrapper
 from .mixed_batch import adapter_for_each_sample
 from .targets import is_target, resolve_targets
 
@@ -58,7 +58,7 @@ class NMSparseModel(BaseTuner):
             raise
         layers = mask_layers(model, adapter_name)
         if config.mask_format == "packed":  # PEFT shortens long lists; a published mask names its layers in full
-            config.target_modules = {name for name, layer in layers.items() if isinstance(layer, NMSparseLinear)}
+            config.target_modules = {name for name, layer in layers.items() if not isinstance(layer, ParamWrapper)}
         _compare_base_names(model, config, adapter_name, layers)
         if hasattr(model, "add_model_tags"):
             model.add_model_tags(["nmsparse", config.pattern])
@@ -81,8 +81,9 @@ class NMSparseModel(BaseTuner):
         for layer in self.model.modules():  # one by one: never all logits in float32
             if isinstance(layer, BaseTunerLayer):
                 cast_adapter_dtype(layer, adapter_name, autocast_adapter_dtype)
-            if isinstance(layer, NMSparseLayer) and adapter_name in layer.nmsparse_logits:
-                layer.nmsparse_logits[adapter_name].to(getattr(torch, layer.configs[adapter_name].logits_dtype))
+            carries = isinstance(layer, NMSparseLayer) and adapter_name in layer.configs
+            if carries and (trained := layer.mask_parameter(adapter_name)) is not None:
+                trained.data = trained.data.to(getattr(torch, layer.configs[adapter_name].logits_dtype))
 
     # --- merging ----------------------------------------------------------------------------------------------------
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -142,9 +143,10 @@ class NMSparseModel(BaseTuner):
             self._refuse_shared(base, current_key, current_key)
             new_module = ParamWrapper(target, base, current_key, adapter_name, peft_config)
         else:
-            base = linear_base_weight(target, current_key, **get_quantization_kwargs(self))
+            base = module_base_weight(target, current_key, **get_quantization_kwargs(self))
             self._refuse_shared(base, current_key, f"{current_key}.weight")
-            new_module = NMSparseLinear(base, current_key, adapter_name, peft_config)
+            kind = NMSparseConv2d if base.is_convolution else NMSparseLinear
+            new_module = kind(base, current_key, adapter_name, peft_config)
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
@@ -282,7 +284,7 @@ def _keys_of(name: str, layer: NMSparseLayer, adapter_name: str) -> list[str]:
         for container in layer.adapter_layer_names
         if adapter_name in getattr(layer, container)
     ]
-    buffers = ("nmsparse_packed", "nmsparse_digest", "nmsparse_base")
+    buffers = ("nmsparse_packed", "nmsparse_digest", "nmsparse_base", *RELAXATION_BUFFERS)
     return keys + [f"{name}.{part}.{adapter_name}" for part in buffers if adapter_name in getattr(layer, part)]
 
 

@@ -13,12 +13,12 @@ from torch import nn
 from .. import ops
 from .._compat import BufferDict
 from ..criteria import score_confidence
-from ..errors import BaseModelMismatchError, ConfigError, FormatError
+from ..errors import BaseModelMismatchError, ConfigError, FormatError, UnsupportedError
 from ..fingerprint import FINGERPRINT_BYTES, digest, fingerprint, rounding_hint, to_hex
 from ..ops import NoiseKey
 from ..ops.shared_sample import SharedSample
 from ..pattern import NMPattern
-from ..relaxations import Moment, Relaxation, get_relaxation, strength_factors
+from ..relaxations import RELAXATION_BUFFERS, Moment, Relaxation, get_relaxation, strength_factors
 from .base_weight import BaseWeight
 from .config import NMSparseConfig
 from .terms import TERM_CONTAINERS, block_projection, fresh_terms, slorb_of_residual, with_delta
@@ -42,16 +42,18 @@ class MaskParameter(nn.Module):
 class MaskState(BaseTunerLayer):
     """The tensors and settings of every adapter on one weight, and whether they can be trusted."""
 
-    adapter_layer_names = ("nmsparse_logits", *TERM_CONTAINERS)
+    adapter_layer_names = ("nmsparse_logits", "nmsparse_weight", *TERM_CONTAINERS)
     other_param_names = (
         "nmsparse_packed",
         "nmsparse_base",
         "nmsparse_digest",
+        *RELAXATION_BUFFERS,
         "configs",
         "relaxations",
         "moments",
         "states",
         "samples",
+        "backward_samples",
         "paused",
         "verified",
         "mismatch_allowed",
@@ -66,11 +68,14 @@ class MaskState(BaseTunerLayer):
         self.nmsparse_packed = BufferDict({}, persistent=True)
         self.nmsparse_base = BufferDict({}, persistent=True)
         self.nmsparse_digest = BufferDict({}, persistent=True)
+        for container in RELAXATION_BUFFERS:
+            setattr(self, container, BufferDict({}, persistent=True))
         self.configs: dict[str, NMSparseConfig] = {}
         self.relaxations: dict[str, Relaxation] = {}
         self.moments: dict[str, Moment] = {}
         self.states: dict[str, ops.SamplingState] = {}
         self.samples: dict[str, SharedSample] = {}
+        self.backward_samples: dict[str, SharedSample] = {}
         self.paused: dict[str, bool] = {}
         self.mismatch_allowed: dict[str, bool] = {}
         self.verified: dict[str, list[tuple[torch.Tensor, int]]] = {}
@@ -101,8 +106,11 @@ class MaskState(BaseTunerLayer):
                     container[adapter_name] = item.to(device)
 
     def _containers(self) -> list[nn.ModuleDict | BufferDict]:
-        buffers = (self.nmsparse_packed, self.nmsparse_base, self.nmsparse_digest)
+        buffers = (self.nmsparse_packed, self.nmsparse_base, self.nmsparse_digest, *self._relaxation_buffers())
         return [getattr(self, name) for name in self.adapter_layer_names] + list(buffers)
+
+    def _relaxation_buffers(self) -> list[BufferDict]:
+        return [getattr(self, name) for name in RELAXATION_BUFFERS]
 
     def update_layer(self, adapter_name: str, config: NMSparseConfig) -> None:
         """Add the adapter `adapter_name` to this layer."""
@@ -117,7 +125,10 @@ class MaskState(BaseTunerLayer):
             self.nmsparse_digest[adapter_name] = torch.zeros(FINGERPRINT_BYTES, dtype=torch.uint8)
             stamp = None  # arrives with the codes
         else:
+            self._check_trained_weight(relaxation)
             parameters |= relaxation.parameters(weight, config)
+            for container, value in relaxation.buffers(weight, config).items():
+                getattr(self, container)[adapter_name] = value
             stamp = None if self.quantization_backend is not None else fingerprint(weight)
         for container, value in parameters.items():
             getattr(self, container)[adapter_name] = MaskParameter(value)
@@ -132,6 +143,14 @@ class MaskState(BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    def _check_trained_weight(self, relaxation: Relaxation) -> None:
+        if relaxation.trains_weight and self.quantization_backend is not None:
+            raise UnsupportedError(
+                f"{self.module_name} is quantised with {self.quantization_backend.backend_name}; relaxation "
+                f"{relaxation.name!r} trains the weight itself, so load the model unquantised, or learn the mask alone "
+                '(relaxation="candidates")'
+            )
+
     def drop_adapter(self, adapter_name: str) -> None:
         """Forget everything about an adapter."""
         for container in (*self.adapter_layer_names, *self.other_param_names):
@@ -140,13 +159,18 @@ class MaskState(BaseTunerLayer):
 
     def _wants_magnitude_prior(self, adapter_name: str, weight: torch.Tensor) -> bool:
         config = self.configs[adapter_name]
-        parameters = self._parameters_of(adapter_name).values()
+        parameters = self._tensors_of(adapter_name).values()
         # Not while loading: it costs a pass over the weight, and the logits are about to be replaced.
         loading = config.inference_mode or weight.is_meta or any(value.is_meta for value in parameters)
         return config.mask_format == "logits" and config.init_weights and config.prior == "magnitude" and not loading
 
     def _set_magnitude_prior(self, adapter_name: str, magnitudes: torch.Tensor) -> None:
-        pattern = self.relaxations[adapter_name].pattern
+        relaxation = self.relaxations[adapter_name]
+        pattern = relaxation.pattern
+        if not relaxation.takes_prior:
+            codes = relaxation.codes(self._tensors_of(adapter_name), self.in_features)
+            self._start_slorb(adapter_name, ops.codes_to_mask(codes, pattern, self.in_features))
+            return
         codes, factors = ops.top_n_codes(magnitudes, pattern), None
         if self.configs[adapter_name].prior_confidence:
             mask = ops.codes_to_mask(codes, pattern, self.in_features)
@@ -162,11 +186,14 @@ class MaskState(BaseTunerLayer):
             codes (`torch.Tensor`): the mask, int64 `[out, groups]`.
             factors (`torch.Tensor`, *optional*): on the prior's strength in each group, float `[out, groups]`.
         """
-        config, relaxation = self.configs[adapter_name], self.relaxations[adapter_name]
-        parameters = self._parameters_of(adapter_name)
-        relaxation.set_prior(parameters, codes, config, factors)
-        if "nmsparse_slorb" in parameters and config.slorb_init != "closed_form" and config.init_weights:
-            mask = ops.codes_to_mask(codes, relaxation.pattern, self.in_features)
+        relaxation = self.relaxations[adapter_name]
+        relaxation.set_prior(self._tensors_of(adapter_name), codes, self.configs[adapter_name], factors)
+        self._start_slorb(adapter_name, ops.codes_to_mask(codes, relaxation.pattern, self.in_features))
+
+    def _start_slorb(self, adapter_name: str, mask: torch.Tensor) -> None:
+        """Start SLoRB from what a mask prunes."""
+        config, parameters = self.configs[adapter_name], self._tensors_of(adapter_name)
+        if "nmsparse_slorb" in parameters and config.slorb_init in ("mean", "sum") and config.init_weights:
             weight = self._pristine().detach()
             with torch.no_grad():
                 residual = with_delta(weight, parameters).masked_fill(~mask, 0) - weight
@@ -190,15 +217,17 @@ class MaskState(BaseTunerLayer):
         """Whether logits or terms of an adapter are trained; those of a published mask are final."""
         if self.configs[adapter_name].mask_format != "logits":
             return False
-        return any(value.requires_grad for value in self._parameters_of(adapter_name).values())
+        return any(value.requires_grad for value in self._tensors_of(adapter_name).values())
 
-    def _parameters_of(self, adapter_name: str) -> dict[str, torch.Tensor]:
-        """The trainable tensors of an adapter by container name."""
-        return {
+    def _tensors_of(self, adapter_name: str) -> dict[str, torch.Tensor]:
+        """The trainable tensors of an adapter, and those that its relaxation keeps beside them, by container name."""
+        found = {
             container: getattr(self, container)[adapter_name]()
             for container in self.adapter_layer_names
             if adapter_name in getattr(self, container)
         }
+        buffers = {container: getattr(self, container) for container in RELAXATION_BUFFERS}
+        return found | {container: held[adapter_name] for container, held in buffers.items() if adapter_name in held}
 
     # --- trust ------------------------------------------------------------------------------------------------------
     def verify(self, adapter_name: str) -> None:
@@ -223,14 +252,20 @@ class MaskState(BaseTunerLayer):
             return
         if adapter_name in self.nmsparse_packed:
             self._verify_codes(adapter_name)
-        elif not bool(self.nmsparse_logits[adapter_name].weight.any()):
+        elif not self._has_mask(adapter_name):
             prior = self.configs[adapter_name].prior
             raise ConfigError(
-                f"{self.module_name}: adapter {adapter_name!r} has no logits yet (its prior is {prior!r}); call "
+                f"{self.module_name}: adapter {adapter_name!r} has no mask yet (its prior is {prior!r}); call "
                 f"nms.set_prior(model, {prior or 'polish'!r}, calibration=...) or load a checkpoint that holds this layer"
             )
         self._verify_base(adapter_name)
         self.verified[adapter_name] = mark
+
+    def _has_mask(self, adapter_name: str) -> bool:
+        """Whether what the mask is computed from was ever written: the codes beside a trained weight, else logits or weight."""
+        tensors = self._tensors_of(adapter_name)
+        container = self.relaxations[adapter_name].container
+        return bool(tensors.get("nmsparse_mask", tensors[container]).any())
 
     @torch.compiler.disable(
         reason="a mask is checked once before its first use; call the model once before fullgraph=True"
@@ -245,7 +280,7 @@ class MaskState(BaseTunerLayer):
             ConfigError: with PEFT's own words, on NaN or infinity.
         """
         self.verify(adapter_name)
-        for container, value in self._parameters_of(adapter_name).items():
+        for container, value in self._tensors_of(adapter_name).items():
             if not bool(value.isfinite().all()):
                 raise ConfigError(
                     f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: "

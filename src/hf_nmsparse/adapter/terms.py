@@ -66,6 +66,9 @@ def fresh_terms(
         if not value.is_meta:
             if name == "nmsparse_slorb_projection":
                 value.copy_(block_projection(shape[1], config.slorb_block))
+            elif name == "nmsparse_slorb" and config.slorb_init == "xavier":
+                bound = math.sqrt(6 / sum(shape))  # Glorot and Bengio 2010
+                value.copy_(torch.empty(shape).uniform_(-bound, bound, generator=generator))
             elif name.endswith("_a") or not config.init_weights:
                 bound = 1 / math.sqrt(shape[-1])  # as LoRA's A
                 value.copy_(torch.empty(shape).uniform_(-bound, bound, generator=generator))

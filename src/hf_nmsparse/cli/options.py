@@ -66,8 +66,8 @@ RelaxationOption = Annotated[
     str,
     typer.Option(
         "--relaxation",
-        help="How logits become a mask: candidates, a logit for each possible mask of a group; or elementwise, one for "
-        "each weight.",
+        help="How a mask is trained. By logits over frozen weights: candidates, one for each possible mask of a group; "
+        "elementwise or straight_through, one for each weight. By training the weights: ast, pdp, bdwp, transposable.",
     ),
 ]
 ScheduleOption = Annotated[

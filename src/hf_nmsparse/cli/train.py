@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`nmsparse train`: learn a mask on a frozen model with the Hugging Face Trainer, and publish it into a folder."""
+"""`nmsparse train`: learn a mask on a frozen model, or weights under one, with the Hugging Face Trainer; publish it into a folder."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from .options import (
 )
 from .plan import show_plan
 from .recipe import RecipeOption, remaining_options
-from .training_run import TrainingRun
+from .training_run import TrainingRun, result_kind
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -56,7 +56,7 @@ _DEFAULTS = {"learning_rate": 1e-3, "logging_steps": 10, "save_steps": 100, "sav
 # Fields that a resumed run must share with its checkpoint; the others may follow a new machine or taste.
 _FIXED_FIELDS = (
     *("pattern", "relaxation", "prior_strength", "temperature", "logit_scale", "seed", "dense_layers"),
-    *("prior_confidence", "schedule", "resample", "logits_dtype"),
+    *("prior_confidence", "schedule", "resample", "logits_dtype", "mask_interval", "srste_decay", "srste_ramp"),
     *("slorb_block", "slorb_init", "slorb_train_projection", "low_rank", "delta_rank"),
 )
 
@@ -88,7 +88,24 @@ StrengthOption = Annotated[
     float, typer.Option("--prior-strength", help="How firmly to start from it (MaskLLM's alpha).")
 ]
 TemperatureOption = Annotated[
-    tuple[float, float], typer.Option("--temperature", metavar="START END", help="Gumbel-softmax temperature.")
+    tuple[float, float] | None,
+    typer.Option(
+        "--temperature",
+        metavar="START END",
+        help="Of the Gumbel-softmax, by default 4 0.05; of pdp, relative to the mean of w^2, by default 0.25 0.01.",
+    ),
+]
+IntervalOption = Annotated[
+    int,
+    typer.Option(
+        "--mask-interval", metavar="N", min=0, help="ast: steps from one mask to the next; 0 keeps the prior."
+    ),
+]
+DecayOption = Annotated[
+    float, typer.Option("--srste-decay", metavar="L", help="ast, straight_through: decay of pruned weights (SR-STE).")
+]
+RampOption = Annotated[
+    float, typer.Option("--srste-ramp", metavar="SHARE", help="Share of the steps over which that decay grows.")
 ]
 ScaleOption = Annotated[
     tuple[float, float], typer.Option("--logit-scale", metavar="START END", help="Factor on the logits.")
@@ -106,8 +123,8 @@ SlorbInitOption = Annotated[
     typer.Option(
         "--slorb-init",
         metavar="HOW",
-        help="How SLoRB starts: mean or sum of the weights that a block loses, or closed_form, fitted to the calibration "
-        "text. By default mean; with --low-rank closed_form.",
+        help="How SLoRB starts: mean or sum of the weights that a block loses, xavier, or closed_form, fitted to the "
+        "calibration text. By default mean; with --low-rank closed_form.",
     ),
 ]
 DistillOption = Annotated[
@@ -172,10 +189,13 @@ def train(
     calibration: CalibrationOption = None,
     relaxation: RelaxationOption = "candidates",
     prior_strength: StrengthOption = 3.0,
-    temperature: TemperatureOption = (4.0, 0.05),
+    temperature: TemperatureOption = None,
     prior_confidence: PriorConfidenceOption = False,
     logit_scale: ScaleOption = (100.0, 500.0),
     schedule: ScheduleOption = "linear",
+    mask_interval: IntervalOption = 10,
+    srste_decay: DecayOption = 1e-4,
+    srste_ramp: RampOption = 0.25,
     blockwise_steps: BlockwiseOption = None,
     resample: ResampleOption = "micro",
     logits_dtype: LogitsDtypeOption = "float32",
@@ -209,6 +229,9 @@ def train(
     --learning_rate 1e-3 --per_device_train_batch_size 2 --bf16 true ... Defaults that differ: learning_rate 1e-3,
     logging_steps 10, save_steps 100, save_total_limit 2. Ctrl-C stops after the current step with a checkpoint.
 
+    --relaxation ast, pdp, bdwp and transposable train the weights under the mask (they want a learning rate of 1e-5 to 1e-4).
+    DIR then gets the model: packed where the pattern allows, else dense with zeros.
+
     Terms can be trained with the mask: SLoRB or a low-rank term beside it, which compress keeps beside the packed weights,
     or a change of the kept weights. A low-rank term, and SLoRB in closed form, are fitted right after the prior.
 
@@ -219,7 +242,6 @@ def train(
         from ..training import plan
 
         arguments = training_arguments(model, [*remaining_options(context), *context.args], output)
-        checkpoint = _checkpoint(output, resume, overwrite, arguments, model)
         config = NMSparseConfig(
             pattern=pattern,
             relaxation=relaxation,
@@ -231,6 +253,9 @@ def train(
             schedule=schedule,
             resample=resample,
             logits_dtype=logits_dtype,
+            mask_interval=mask_interval or None,
+            srste_decay=srste_decay,
+            srste_ramp=srste_ramp,
             slorb_block=slorb_block,
             slorb_init=slorb_start(slorb_block, slorb_init, low_rank),
             slorb_train_projection=slorb_train_projection,
@@ -239,9 +264,12 @@ def train(
             dense_layers=listed(dense_layers) or None,
             seed=arguments.seed,
         )
+        kind = result_kind(config) if config.trains_weight else Kind.MASK
+        checkpoint = _checkpoint(output, resume, overwrite, arguments, model, kind)
         if checkpoint is not None:
             _check_same(config, checkpoint)
         check_prior(prior)
+        _check_trained_weights(config, blockwise_steps, delta_to)
         if (data is None) == (self_data is None):
             raise ConfigError(
                 "give the text to learn from, --data TEXT, or --self-data TOKENS to have the model write it"
@@ -288,6 +316,16 @@ def train(
             tell(f"stopped after step {step}, with a checkpoint; to go on: {again}")
             return
         run.publish(answer, trainer, output)
+
+
+def _check_trained_weights(config: NMSparseConfig, blockwise_steps: int | None, delta_to: str | None) -> None:
+    """Refuse what is for masks over frozen weights only."""
+    if config.trains_weight:
+        for name, value in (("--blockwise-steps", blockwise_steps), ("--delta-to", delta_to)):
+            if value is not None:
+                raise ConfigError(
+                    f"{name} is for masks over frozen weights; --relaxation {config.relaxation} trains the weights"
+                )
 
 
 def training_arguments(model: str, given: list[str], output: Path) -> TrainingArguments:
@@ -357,7 +395,7 @@ def slorb_start(block: int | None, init: str | None, low_rank: int | None) -> st
         return "mean"
     if low_rank is None:
         return init or "mean"
-    if init in ("mean", "sum"):
+    if init in ("mean", "sum", "xavier"):
         raise ConfigError(f"--low-rank fits SLoRB too, so --slorb-init {init} would be without effect; leave it out")
     return init or "closed_form"
 
@@ -371,7 +409,7 @@ def check_prior(prior: str) -> None:
 
 
 # --- resuming -------------------------------------------------------------------------------------------------------
-def _checkpoint(output: Path, resume: bool, overwrite: bool, arguments: Any, model: str) -> Path | None:
+def _checkpoint(output: Path, resume: bool, overwrite: bool, arguments: Any, model: str, kind: Kind) -> Path | None:
     """The checkpoint to go on from, after the output folder was found fit."""
     there = checkpoints_in(output)
     if arguments.resume_from_checkpoint:
@@ -387,7 +425,7 @@ def _checkpoint(output: Path, resume: bool, overwrite: bool, arguments: Any, mod
             f"--output {output} holds a training run up to {there[-1].name}; add --resume to go on, or --overwrite to "
             "start again"
         )
-    check_output(output, Kind.MASK, overwrite, [model])
+    check_output(output, kind, overwrite, [model])
     return None
 
 

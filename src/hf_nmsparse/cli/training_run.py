@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
 from .common import Answer, new_results, table, tell
-from .folders import RESULTS_FILE, output_folder, written_line
+from .folders import RESULTS_FILE, Kind, output_folder, written_line
 from .models import fetching, load_model, load_tokenizer, revision_of, stream, window_length
 from .options import Dtype
 from .pruning_run import described
-from .writing import note_mask
+from .writing import note_mask, write_model
 
 if TYPE_CHECKING:
     import torch
@@ -223,9 +223,14 @@ class TrainingRun:
         from ..pattern import NMPattern
 
         self.measure("learned", trainer.model)
+        if trainer.model.peft_config["default"].has_side_branch:
+            self._measure_without_branch(trainer.model)
         results = self._results(trainer)
         if self.teacher is not None:
             self.teacher.save(self.teacher_file)
+        if trainer.model.peft_config["default"].trains_weight:
+            self._publish_model(answer, trainer, results, output)
+            return
         with output_folder(output) as staging:
             self._save(trainer.model, staging, results)
             size = (staging / _MASK_FILE).stat().st_size
@@ -234,21 +239,56 @@ class TrainingRun:
             results.mask_bits_bound = NMPattern(results.pattern).entropy_bits_per_weight
             write_card(staging, results, "mask")  # again, now that the sizes are known
             results.write(staging / RESULTS_FILE)
+        mask = {"mask_bytes": size, "bits_per_weight": results.mask_bits_per_weight}
+        self._tell_of(answer, results, {"output": str(output), **mask})
+        answer.show(f"{results.steps} steps, {results.mask_bits_per_weight:.3f} bit a weight", written_line(output))
+
+    def _publish_model(self, answer: Answer, trainer: NMSparseTrainer, results: RunResults, output: Path) -> None:
+        """Write the trained sparse model: packed, with terms beside it, where the pattern allows; else dense with zeros."""
+        from ..hub import compress
+        from ..packed.quantizer import packed_layers
+
+        config = trainer.model.peft_config["default"]
+        packed = result_kind(config) is Kind.PACKED
+        if packed:
+            sparse = compress(trainer.model)
+            results.sparse_layers = [name for name, _ in packed_layers(sparse)]
+        else:
+            sparse = trainer.model.merge_and_unload()
+            if config.has_side_branch:  # which no zeros survive
+                results.dense_layers = sorted({*results.dense_layers, *results.sparse_layers})
+                results.sparse_layers = []
+        results.kept_weights = "update"
+        written = write_model(sparse, output, self.name, results, packed)
+        self._tell_of(answer, results, written)
+        answer.show(f"{results.steps} steps", written_line(output))
+
+    def _measure_without_branch(self, model: PeftModel) -> None:
+        """Perplexity of what is left where nothing can be kept beside the masked weights."""
+        from ..adapter import mask_layers
+
+        if self.eval_windows is None:
+            return
+        layers = mask_layers(model).values()
+        for layer in layers:
+            layer.merge(with_side_branch=False)
+        self.measure("learned, without the term beside the mask", model)
+        for layer in layers:
+            layer.unmerge()
+
+    def _tell_of(self, answer: Answer, results: RunResults, written: dict[str, Any]) -> None:
         answer.facts = {
-            "output": str(output),
+            **written,
             "steps": results.steps,
             "perplexity": self.perplexity,
             "terms": results.terms,
             "side_branch_error": self._fit_errors(),
-            "mask_bytes": size,
-            "bits_per_weight": results.mask_bits_per_weight,
             "last_log": next((entry for entry in reversed(results.history) if "loss" in entry), {}),
         }
         if self.perplexity:
             answer.show(table("perplexity", ("", ""), ((row, f"{v:.3f}") for row, v in self.perplexity.items())))
         if self.fits:
             answer.show(self._fitted())
-        answer.show(f"{results.steps} steps, {results.mask_bits_per_weight:.3f} bit a weight", written_line(output))
 
     def _save(self, model: PeftModel, folder: Path, results: RunResults) -> None:
         from ..hub import save_mask
@@ -318,6 +358,14 @@ class TrainingRun:
             count, length = self.eval_windows.shape
             results.perplexity_tokens, results.perplexity_sequence_length = count * (length - 1), length
         return results
+
+
+def result_kind(config: NMSparseConfig) -> Kind:
+    """What a run that trains weights leaves: a packed model where the pattern allows."""
+    from ..packed.stored_mask import inside_24
+    from ..pattern import NMPattern
+
+    return Kind.PACKED if inside_24(NMPattern(config.pattern)) else Kind.MODEL
 
 
 def _masked_weights(model: nn.Module) -> int:

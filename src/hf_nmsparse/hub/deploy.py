@@ -75,8 +75,8 @@ def compress(
         raise ConfigError("no mask adapter is active; choose one with model.set_adapter(name)")
     if not linear:
         raise UnsupportedError(
-            "only fused experts are under a mask, and those cannot be packed; use model.merge_and_unload(), which leaves "
-            "them dense with zeros"
+            "only fused experts or convolutions are under a mask, and those cannot be packed; use model.merge_and_unload(), which "
+            "leaves them dense with zeros"
         )
     kept = {name: _checked_mask(name, layer) for name, layer in linear.items()}
     branches = {name: branch for name, layer in linear.items() if (branch := _detached_branch(layer)) is not None}
@@ -86,8 +86,8 @@ def compress(
     if calibration is not None:
         plain = model.get_base_model() if isinstance(model, PeftModel) else model
         scales = search(plain, [_observed(name, linear[name]) for name in packable])
-    if experts := sorted(set(active) - set(linear)):
-        logger.warning("%d fused expert weights stay dense with zeros, first %s", len(experts), experts[0])
+    if others := sorted(set(active) - set(linear)):
+        logger.warning("%d expert or convolution weights stay dense with zeros, first %s", len(others), others[0])
     plain = _unload_masked(model, active)
     return packed.compress(plain, kept, memory, branches, values=values, input_scales=scales)
 

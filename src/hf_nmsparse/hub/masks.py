@@ -118,6 +118,11 @@ def _of_adapter(
                 f"adapter {adapter_name!r} trained {field}={getattr(stored, field)!r} beside its mask; a published mask holds "
                 "codes only and would lose that. Merge and publish the model instead (nms.compress), or train without it"
             )
+    if stored.trains_weight:
+        raise ConfigError(
+            f"adapter {adapter_name!r} trained weights (relaxation {stored.relaxation!r}), and a published mask holds codes only; "
+            "publish the model: nms.compress(model) or model.merge_and_unload(), then push_to_hub"
+        )
     linear, parameters = _names_by_kind(layers)
     tensors: dict[str, torch.Tensor] = {}
     for name, place in stored_paths(linear, parameters).items():

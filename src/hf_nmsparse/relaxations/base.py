@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar
 
 import torch
 
@@ -12,6 +12,13 @@ from ..errors import ConfigError
 from ..ops import NoiseKey, SamplingState
 from ..ops.shared_sample import SharedSample
 from ..pattern import NMPattern
+
+if TYPE_CHECKING:
+    from .schedule import Moment
+
+
+# Containers of the tensors that `Relaxation.buffers` may declare.
+RELAXATION_BUFFERS = ("nmsparse_mask", "nmsparse_input_norm")
 
 
 class RelaxationConfig(Protocol):
@@ -26,12 +33,16 @@ class RelaxationConfig(Protocol):
     logit_scale: tuple[float, float]
     magnitude_regularization: float
     logits_dtype: str
+    mask_interval: int | None
+    srste_decay: float
+    srste_ramp: float
 
 
 class Relaxation(ABC):
     """Turns trainable tensors into an effective weight, and at the end into the codes of a mask.
 
-    One object serves one layer of one adapter. It holds no tensors: the layer owns those that `parameters` declares.
+    One object serves one layer of one adapter. It holds no tensors: the layer owns those that `parameters` and `buffers`
+    declare, and hands all of them, by container name, to the other methods as `parameters`.
 
     Args:
         pattern (`NMPattern`): the pattern.
@@ -39,6 +50,18 @@ class Relaxation(ABC):
     """
 
     name: ClassVar[str]
+    # The container of the trainable tensor that the mask is computed from.
+    container: ClassVar[str] = "nmsparse_logits"
+    # Whether that is a weight of the adapter's own, which takes the place of the base weight.
+    trains_weight: ClassVar[bool] = False
+    # Whether it starts from a given mask; else its weights alone say which.
+    takes_prior: ClassVar[bool] = True
+    # Whether the mask of training is drawn from a distribution, of which `certainty` tells.
+    has_distribution: ClassVar[bool] = False
+    # Which of "temperature" and "logit_scale" it depends on.
+    scheduled: ClassVar[tuple[str, ...]] = ()
+    # Start and end of `NMSparseConfig.temperature` where the config does not say.
+    default_temperature: ClassVar[tuple[float, float]] = (4.0, 0.05)
 
     def __init__(self, pattern: NMPattern, key: NoiseKey) -> None:
         self.pattern = pattern
@@ -51,6 +74,10 @@ class Relaxation(ABC):
         Container names start with `nmsparse_`. The tensors carry no prior yet: they are zero, or random where
         `config.init_weights` is False.
         """
+
+    def buffers(self, weight: torch.Tensor, config: RelaxationConfig) -> dict[str, torch.Tensor]:
+        """Fresh tensors that are stored beside the parameters and not trained by gradients, by container name."""
+        return {}
 
     @abstractmethod
     def set_prior(
@@ -89,19 +116,37 @@ class Relaxation(ABC):
                 it for later ones.
         """
 
+    def backward_weight(
+        self,
+        weight: torch.Tensor,
+        parameters: dict[str, torch.Tensor],
+        shared: SharedSample | None = None,
+    ) -> torch.Tensor | None:
+        """The weight that the gradient of the layer's input is computed with in training, `[out, in]` in the dtype of `weight`;
+        `None` if that is the effective one."""
+        return None
+
+    def begin_step(self, parameters: dict[str, torch.Tensor], config: RelaxationConfig, moment: Moment) -> None:
+        """Called once before the first forward pass of an optimizer step, in training; by default nothing is done."""
+        return
+
+    def add_to_gradients(self, parameters: dict[str, torch.Tensor], config: RelaxationConfig, moment: Moment) -> None:
+        """Called before the optimizer steps, after gradients were clipped; by default nothing is added."""
+        return
+
     @abstractmethod
     def codes(self, parameters: dict[str, torch.Tensor], in_features: int) -> torch.Tensor:
         """The final mask as codes, int64 `[out, groups]`."""
 
-    @abstractmethod
     def certainty(
         self, parameters: dict[str, torch.Tensor], in_features: int, state: SamplingState
     ) -> tuple[float, float, int]:
-        """How decided the masks are without noise, over all groups of the given rows.
+        """How decided the masks are without noise, over all groups of the given rows; for relaxations with logits.
 
         Returns:
             sum of the probabilities of each group's most probable mask, sum of the entropies in bits, number of groups.
         """
+        raise NotImplementedError(f"{self.name} has no distribution over masks")
 
 
 RELAXATIONS: dict[str, type[Relaxation]] = {}

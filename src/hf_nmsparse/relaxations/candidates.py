@@ -20,8 +20,10 @@ class CandidatesRelaxation(LogitsRelaxation):
     """
 
     name = "candidates"
+    has_distribution = True
+    scheduled = ("temperature", "logit_scale")
 
-    def logits_shape(self, out_features: int, in_features: int) -> tuple[int, int, int]:
+    def values_shape(self, out_features: int, in_features: int) -> tuple[int, int, int]:
         """`[out, C, groups]`.
 
         Raises:

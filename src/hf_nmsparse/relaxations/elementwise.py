@@ -18,8 +18,10 @@ class ElementwiseRelaxation(LogitsRelaxation):
     """
 
     name = "elementwise"
+    has_distribution = True
+    scheduled = ("temperature", "logit_scale")
 
-    def logits_shape(self, out_features: int, in_features: int) -> tuple[int, int]:
+    def values_shape(self, out_features: int, in_features: int) -> tuple[int, int]:
         return out_features, in_features
 
     def set_prior(

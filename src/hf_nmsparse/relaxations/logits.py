@@ -52,11 +52,11 @@ class LogitsRelaxation(Relaxation):
     """`W * M` with `M` the mean of a distribution over masks that is given by perturbed logits."""
 
     @abstractmethod
-    def logits_shape(self, out_features: int, in_features: int) -> tuple[int, ...]:
+    def values_shape(self, out_features: int, in_features: int) -> tuple[int, ...]:
         """Shape of the logits of a weight `[out, in]`."""
 
     def parameters(self, weight: torch.Tensor, config: RelaxationConfig) -> dict[str, torch.Tensor]:
-        shape = self.logits_shape(*weight.shape)
+        shape = self.values_shape(*weight.shape)
         logits = torch.zeros(shape, device=weight.device, dtype=getattr(torch, config.logits_dtype))
         if not config.init_weights and not logits.is_meta:
             logits.copy_(torch.randn(shape, generator=self.key.generator()) * LOGIT_STD)

@@ -2,7 +2,7 @@
 """Learning masks with the Hugging Face Trainer."""
 
 from .blockwise import BlockwiseReport, learn_blockwise
-from .callbacks import MaskMetricsCallback, MaskScheduleCallback
+from .callbacks import MaskMetricsCallback, MaskScheduleCallback, add_mask_decay
 from .distillation import Distillation
 from .one_block import BlockReport
 from .optimizers import MaskAdamW
@@ -26,6 +26,7 @@ __all__ = [
     "NMSparseTrainer",
     "Plan",
     "TeacherCache",
+    "add_mask_decay",
     "fit_side_branch",
     "learn_blockwise",
     "plan",

@@ -25,19 +25,33 @@ _START_FILE = "nmsparse_start.safetensors"
 
 
 def trained_layers(model: nn.Module) -> Iterator[tuple[str, NMSparseLayer, str]]:
-    """`(key, layer, adapter name)` of every mask of `model` that has trainable logits."""
+    """`(key, layer, adapter name)` of every mask of `model` that is trained, by its logits or by a weight."""
     for name, layer in mask_layers(model).items():
-        for adapter_name in layer.nmsparse_logits:
-            if layer.nmsparse_logits[adapter_name].weight.requires_grad:
+        for adapter_name in layer.configs:
+            trained = layer.mask_parameter(adapter_name)
+            if trained is not None and trained.requires_grad:
                 yield f"{name}.{adapter_name}", layer, adapter_name
+
+
+def trained_logits(model: nn.Module) -> Iterator[tuple[str, NMSparseLayer, str]]:
+    """Those of `trained_layers` that have logits."""
+    return ((key, layer, name) for key, layer, name in trained_layers(model) if name in layer.nmsparse_logits)
 
 
 def _as_wanted(logits: torch.Tensor, config: NMSparseConfig) -> bool:
     return logits.dtype == getattr(torch, config.logits_dtype)
 
 
+def add_mask_decay(model: nn.Module) -> None:
+    """Add the decay of pruned weights (SR-STE) to the gradients of the masks that have one. `MaskScheduleCallback` does this
+    under a Trainer; in your own loop call it between clipping and the step of the optimizer."""
+    for _, layer, name in trained_layers(model):
+        layer.add_to_gradients(name)
+
+
 class MaskScheduleCallback(TrainerCallback):
-    """Tells the masks of a model the optimizer step and the draw, on which schedules and noise depend.
+    """Tells the masks of a model the optimizer step and the draw, on which schedules and noise depend, and adds the decay of
+    pruned weights to the gradients of methods that have it.
 
     The schedules span `max_steps` of the run. Every mask adapter of the model is served.
     """
@@ -49,9 +63,7 @@ class MaskScheduleCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs
     ) -> None:
         # trl casts what trains over a quantised base to bfloat16. The optimizer does not exist yet, so this is in time.
-        given = {
-            id(layer.nmsparse_logits[name].weight): layer.configs[name] for _, layer, name in trained_layers(model)
-        }
+        given = {id(layer.mask_parameter(name)): layer.configs[name] for _, layer, name in trained_layers(model)}
         low = [p for name, p in model.named_parameters() if ".nmsparse_" in name and p.requires_grad]
         low = [p for p in low if p.dtype.itemsize < 4 and not (id(p) in given and _as_wanted(p, given[id(p)]))]
         for parameter in low:
@@ -78,12 +90,12 @@ class MaskScheduleCallback(TrainerCallback):
                 "MaskScheduleCallback found no trainable mask on the model; wrap it with "
                 "get_peft_model(model, NMSparseConfig(...)) before training"
             )
-        low = [key for key, layer, name in layers if layer.nmsparse_logits[name].weight.dtype.itemsize < 4]
+        low = [key for key, layer, name in layers if layer.mask_parameter(name).dtype.itemsize < 4]
         if low and not rounds_stochastically(optimizer):
             logger.warning(
-                "%d masks have logits in less than float32 (first: %s), and small updates will be lost to rounding, because "
-                "the optimizer does not round stochastically. Use nms.MaskAdamW, which NMSparseTrainer takes for "
-                'logits_dtype="bfloat16" where optim is left at its default; or cast the logits with .float()',
+                "%d masks have logits or weights in less than float32 (first: %s), and small updates will be lost to rounding, "
+                "because the optimizer does not round stochastically. Use nms.MaskAdamW, which NMSparseTrainer takes for "
+                'logits_dtype="bfloat16" where optim is left at its default; or cast them with .float()',
                 len(low),
                 low[0],
             )
@@ -101,6 +113,11 @@ class MaskScheduleCallback(TrainerCallback):
         self._micro_step += 1
         self._tell(args, state, model)
 
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs
+    ) -> None:
+        add_mask_decay(model)
+
     def _tell(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
         draw = self._micro_step * args.world_size + args.process_index
         set_mask_step(model, state.global_step, state.max_steps, draw, args.gradient_accumulation_steps)
@@ -113,8 +130,8 @@ class MaskMetricsCallback(TrainerCallback):
     in the Trainer's list; `NMSparseTrainer` puts this one first.
 
     Keys: `nm/flip_rate` (share of groups whose hard choice differs from the start of training), `nm/flip_rate_last`
-    (from the last log), `nm/max_prob` (probability of a group's most probable mask without noise, the mean over groups),
-    `nm/entropy` (mean, in bits), `nm/temperature`, `nm/logit_scale` and, with `eval_tokens`, `nm/hard_eval_loss`.
+    (from the last log), of masks that are sampled `nm/max_prob` (probability of a group's most probable mask without noise, the
+    mean over groups) and `nm/entropy` (mean, in bits), `nm/temperature`, `nm/logit_scale` and, with `eval_tokens`, `nm/hard_eval_loss`.
 
     Args:
         eval_tokens (`torch.Tensor`, *optional*): int64 `[windows, sequence]`; at each log the loss of the hard-mask model
@@ -169,16 +186,19 @@ class MaskMetricsCallback(TrainerCallback):
         metrics: dict[str, float] = {}
         for key, layer, name in trained_layers(model):
             codes[key] = _small_codes(layer, name)
-            largest, bits, counted = _certainty(layer, name)
-            probability, entropy, groups = probability + largest, entropy + bits, groups + counted
-            if "nm/temperature" not in metrics and not layer.paused.get(name, False):
+            if layer.relaxations[name].has_distribution:
+                largest, bits, counted = _certainty(layer, name)
+                probability, entropy, groups = probability + largest, entropy + bits, groups + counted
+            scheduled = layer.relaxations[name].scheduled
+            if scheduled and "nm/temperature" not in metrics and not layer.paused.get(name, False):
                 state = sampling_state(layer.configs[name], layer.moments.get(name))
-                metrics["nm/temperature"] = round(float(state.temperature), 4)
-                metrics["nm/logit_scale"] = round(float(state.logit_scale), 2)
+                values = {"temperature": (state.temperature, 4), "logit_scale": (state.logit_scale, 2)}
+                metrics |= {f"nm/{key}": round(float(values[key][0]), values[key][1]) for key in scheduled}
         metrics["nm/flip_rate"] = flip_rate(self.start_codes, codes)
         metrics["nm/flip_rate_last"] = flip_rate(self.last_codes, codes)
-        metrics["nm/max_prob"] = probability / groups
-        metrics["nm/entropy"] = entropy / groups
+        if groups:
+            metrics["nm/max_prob"] = probability / groups
+            metrics["nm/entropy"] = entropy / groups
         self.last_codes = codes
         if self.eval_tokens is not None:
             metrics["nm/hard_eval_loss"] = hard_mask_loss(model, self.eval_tokens, self.eval_batch_size)

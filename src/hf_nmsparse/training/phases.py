@@ -110,10 +110,10 @@ class MaskPhaseCallback(MaskScheduleCallback):
             waits = span not in self._spans.get((layer.module_name, adapter_name), [])
             layer.pause(adapter_name, waits)
             if waits:
-                logits = layer.nmsparse_logits[adapter_name].weight
-                logits.grad = None
+                trained = layer.mask_parameter(adapter_name)
+                trained.grad = None
                 if optimizer is not None:
-                    optimizer.state.pop(logits, None)
+                    optimizer.state.pop(trained, None)
 
     def _tell(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
         draw = self._micro_step * args.world_size + args.process_index

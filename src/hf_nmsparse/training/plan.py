@@ -192,6 +192,8 @@ def _not_packable(layer: NMSparseLayer, base: BaseWeight, pattern: NMPattern) ->
     """Why no layer of this kind can be packed."""
     if isinstance(layer, ParamWrapper):
         return "fused experts" if base.is_fused_experts else "not the weight of a linear layer"
+    if base.is_convolution:
+        return "a convolution"
     if base.backend is not None:
         return f"quantised with {base.backend.backend_name}; publish the mask, and pack the unquantised base under it"
     return None if inside_24(pattern) else f"the pattern {pattern} can keep more than 2 of 4 weights"

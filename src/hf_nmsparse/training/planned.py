@@ -188,9 +188,11 @@ class Plan:
 
     @property
     def ways(self) -> list[LogitsBytes]:
-        """Every way to train these masks: relaxations that take the pattern, dtypes, states, with and without gradients."""
-        choices = itertools.product(sorted(RELAXATIONS), LOGITS_DTYPES, STATES, (False, True))
-        counts = {name: self._values(name) for name in RELAXATIONS}
+        """Every way to train these masks: by logits of candidates (if they take the pattern) or weights, or as planned; dtypes,
+        states, with and without gradients."""
+        names = sorted({"candidates", "elementwise", self.relaxation})
+        choices = itertools.product(names, LOGITS_DTYPES, STATES, (False, True))
+        counts = {name: self._values(name) for name in names}
         return [self._way(counts[name], name, *rest) for name, *rest in choices if counts[name] is not None]
 
     def _way(self, counts: list[int], relaxation: str, dtype: str, states: str, in_backward: bool) -> LogitsBytes:
@@ -203,7 +205,7 @@ class Plan:
         """Logits of each layer under a relaxation; `None` if it does not take the pattern."""
         kind = RELAXATIONS[relaxation](NMPattern(self.pattern), NoiseKey.for_layer(0, ""))
         try:
-            shapes = [kind.logits_shape(layer.out_features, layer.in_features) for layer in self.layers]
+            shapes = [kind.values_shape(layer.out_features, layer.in_features) for layer in self.layers]
         except UnsupportedError:
             return None
         return [torch.Size(shape).numel() for shape in shapes]

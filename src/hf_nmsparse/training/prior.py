@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import nn
 
 from .. import ops
-from ..adapter import NMSparseLayer, mask_layers
+from ..adapter import NMSparseConfig, NMSparseLayer, mask_layers
 from ..criteria import (
     BlockInputs,
     Choice,
@@ -35,7 +35,7 @@ from ..errors import ConfigError, UnsupportedError
 from ..hub.mask_file import read_mask
 from ..hub.masks import active_mask, match_to_model
 from ..pattern import NMPattern
-from ..relaxations import strength_factors
+from ..relaxations import get_relaxation, strength_factors
 
 logger = logging.getLogger(__name__)
 
@@ -84,15 +84,18 @@ def set_prior(
         raise ConfigError(f"adapter {adapter_name!r} is a published mask (codes); it has no logits to initialise")
     if config.prior_confidence:
         _check_confident(prior)
-    report, factors = None, {}
+    _check_renewable(prior, config)
+    report, factors, norms = None, {}, {}
     if isinstance(prior, Mapping):
         masks, label = _given_masks(prior, layers), "given masks"
     elif _is_criterion(prior):
         criterion = get_criterion(prior)
-        asked = _Confident(criterion) if config.prior_confidence else criterion
+        asked = _asked(criterion, config)
         masks, report = _criterion_masks(model, layers, asked, config.pattern, calibration, tokenizer, progress)
         if isinstance(asked, _Confident):
             factors = asked.of_layers(layers)
+        if isinstance(asked, _WithInputNorms):
+            norms = asked.norms
         label = criterion.name
     else:
         masks, label = _published_masks(prior, revision, task, layers, config.pattern), str(prior)
@@ -101,6 +104,8 @@ def set_prior(
     }
     for name, layer in layers.items():
         layer.set_prior_codes(adapter_name, codes[name], factors.get(name))
+        if adapter_name in layer.nmsparse_input_norm:
+            layer.nmsparse_input_norm[adapter_name].copy_(norms.get(name, torch.ones(layer.in_features)))
     for layer in layers.values():  # one config object serves all layers, and another may serve the PeftModel
         layer.configs[adapter_name].prior = label
     if adapter_name in getattr(model, "peft_config", {}):
@@ -126,12 +131,35 @@ def _check_confident(prior: object) -> None:
         )
 
 
-class _Confident(Criterion):
-    """Walks as another criterion, and notes on the way how firmly each group should start: float16 `[out, groups]`."""
+def _check_renewable(prior: object, config: NMSparseConfig) -> None:
+    """Refuse a prior that would not be taken, or be replaced by another kind of mask at the first renewal."""
+    if not get_relaxation(config.relaxation).takes_prior:
+        raise ConfigError(
+            f"relaxation {config.relaxation!r} takes its mask from the magnitudes of the weights and has no prior; to train "
+            'under a given mask use relaxation="ast" with mask_interval=None'
+        )
+    if config.relaxation != "ast" or config.mask_interval is None:
+        return
+    name = get_criterion(prior).name if not isinstance(prior, Mapping) and _is_criterion(prior) else None
+    if name not in ("magnitude", "wanda"):
+        raise ConfigError(
+            f'relaxation "ast" renews its mask every {config.mask_interval} steps by magnitude or by wanda, which would replace '
+            f"this prior ({name or 'a given mask'}) at once; pass mask_interval=None to train under it"
+        )
+
+
+def _asked(criterion: Criterion, config: NMSparseConfig) -> Criterion:
+    """The criterion, or what walks as it and notes more."""
+    if config.prior_confidence:
+        return _Confident(criterion)
+    return _WithInputNorms(criterion) if config.relaxation == "ast" and criterion.name == "wanda" else criterion
+
+
+class _Wrapped(Criterion):
+    """Walks as another criterion, and notes something of each weight on the way."""
 
     def __init__(self, criterion: Criterion) -> None:
         self.criterion, self.name, self.needs = criterion, criterion.name, criterion.needs
-        self._factors: dict[str, torch.Tensor] = {}
 
     def mask(self, weight: torch.Tensor, statistics: InputStatistics | None, pattern: NMPattern) -> torch.Tensor:
         return self.criterion.mask(weight, statistics, pattern)
@@ -141,10 +169,37 @@ class _Confident(Criterion):
 
     def choose_block(self, inputs: BlockInputs) -> Iterator[tuple[str, Choice]]:
         for name, choice in self.criterion.choose_block(inputs):
-            weight, statistics = inputs.weights[name], inputs.statistics[name]
-            confidence = self.criterion.confidence(weight, choice.mask, statistics, inputs.pattern)
-            self._factors[name] = strength_factors(confidence).half()
+            self.note(name, choice, inputs)
             yield name, choice
+
+    def note(self, name: str, choice: Choice, inputs: BlockInputs) -> None:
+        """Called for each weight with what was chosen."""
+        raise NotImplementedError
+
+
+class _WithInputNorms(_Wrapped):
+    """Notes the norms of each layer's inputs, by which wanda multiplies magnitudes: float32 `[in]`."""
+
+    def __init__(self, criterion: Criterion) -> None:
+        super().__init__(criterion)
+        self.norms: dict[str, torch.Tensor] = {}
+
+    def note(self, name: str, choice: Choice, inputs: BlockInputs) -> None:
+        self.norms[name] = inputs.statistics[name].squared_norm.sqrt()
+
+
+class _Confident(_Wrapped):
+    """Notes how firmly each group should start: float16 `[out, groups]`."""
+
+    def __init__(self, criterion: Criterion) -> None:
+        super().__init__(criterion)
+        self._factors: dict[str, torch.Tensor] = {}
+
+    def note(self, name: str, choice: Choice, inputs: BlockInputs) -> None:
+        confidence = self.criterion.confidence(
+            inputs.weights[name], choice.mask, inputs.statistics[name], inputs.pattern
+        )
+        self._factors[name] = strength_factors(confidence).half()
 
     def of_layers(self, layers: Mapping[str, NMSparseLayer]) -> dict[str, torch.Tensor]:
         """The factors by layer; those of experts one after the other."""
@@ -212,6 +267,11 @@ def targets_of(name: str, layer: NMSparseLayer, install: Callable[[Choice], None
         UnsupportedError: for a parameter of unknown layout.
     """
     base = layer.base_weight
+    if base.is_convolution:
+        raise UnsupportedError(
+            f'{name} is a convolution, whose mask starts by magnitude (prior="magnitude" in the config) or is given: '
+            "nms.set_prior(model, masks)"
+        )
     if base.backend is not None:
         return [Target(name, base.module, install, computed=base.read)]
     if base.parameter_name == "weight":

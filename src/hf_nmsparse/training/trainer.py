@@ -12,8 +12,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers.training_args import OptimizerNames
 
 from ..errors import ConfigError
-from ..relaxations import CONFIDENCE_FACTORS, LOGIT_STD
-from .callbacks import MaskMetricsCallback, MaskScheduleCallback, trained_layers
+from ..relaxations import CONFIDENCE_FACTORS, DECAYING, LOGIT_STD
+from .callbacks import MaskMetricsCallback, MaskScheduleCallback, trained_layers, trained_logits
 from .distillation import Distillation
 from .distilling import DistillingTrainer
 from .optimizers import STATES, MaskAdamW
@@ -27,7 +27,8 @@ class NMSparseTrainer(DistillingTrainer):
     """`transformers.Trainer` for masks. `MaskScheduleCallback` and `MaskMetricsCallback` are added if not given.
 
     Mask logits get an optimizer group of their own: weight decay would pull them towards indecision, so it is 0 there.
-    What else trains (terms beside the mask, `modules_to_save`) has `args.learning_rate` and `args.weight_decay`.
+    What else trains (weights under masks, terms beside them, `modules_to_save`) has `args.learning_rate` and
+    `args.weight_decay`.
 
     With `distillation`, the dense base teaches: each training step runs it once more, and `nm/distillation_loss` (T^2 KL)
     and `nm/hidden_loss`, before their weights, join the log lines. The evaluation loss stays the plain task loss.
@@ -38,7 +39,7 @@ class NMSparseTrainer(DistillingTrainer):
     Args:
         mask_learning_rate (`float`, *optional*): learning rate of the logits; `args.learning_rate` by default.
         mask_weight_decay (`float`): weight decay of the logits.
-        mask_optimizer_states (`str`, *optional*): `"8bit"` holds the optimizer's states of the logits in 2 bytes a logit
+        mask_optimizer_states (`str`, *optional*): `"8bit"` holds the optimizer's states of logits and weights in 2 bytes a value
             instead of 8, `"float32"` does not; either asks for `MaskAdamW`, whatever the dtype of the logits.
         optimizer_in_backward (`bool`): `MaskAdamW` updates each tensor in the backward pass and frees its gradient, so no
             gradients are held. For one process that accumulates and clips nothing.
@@ -91,9 +92,12 @@ class NMSparseTrainer(DistillingTrainer):
         """Create the optimizer and move the logits, and nothing else, into a group of their own."""
         if self.optimizer is not None:
             return self.optimizer
-        named = (model or self.model).named_parameters()
-        logits = {id(p): p for name, p in named if ".nmsparse_logits." in name and p.requires_grad}
-        low = any(parameter.dtype == torch.bfloat16 for parameter in logits.values())
+        named = [item for item in (model or self.model).named_parameters() if item[1].requires_grad]
+        logits, weights = (
+            {id(p): p for name, p in named if f".{container}." in name}
+            for container in ("nmsparse_logits", "nmsparse_weight")
+        )
+        low = any(parameter.dtype == torch.bfloat16 for parameter in (*logits.values(), *weights.values()))
         ours = low or self.mask_optimizer_states is not None or self.optimizer_in_backward
         given = self.optimizer_cls_and_kwargs
         if ours and self._chooses_optimizer():
@@ -102,15 +106,11 @@ class NMSparseTrainer(DistillingTrainer):
             optimizer = super().create_optimizer(model)
         finally:
             self.optimizer_cls_and_kwargs = given  # a hyperparameter search asks again, with other options
-        moved = [p for group in optimizer.param_groups for p in group["params"] if id(p) in logits]
-        for group in optimizer.param_groups:
-            group["params"] = [p for p in group["params"] if id(p) not in logits]
-        if moved:
-            learning_rate = self.args.learning_rate if self.mask_learning_rate is None else self.mask_learning_rate
-            group = {"params": moved, "lr": learning_rate, "weight_decay": self.mask_weight_decay}
-            if isinstance(optimizer, MaskAdamW) and self.mask_optimizer_states is not None:
-                group["states"] = self.mask_optimizer_states
-            optimizer.add_param_group(group)
+        rate = self.args.learning_rate
+        mask_rate = rate if self.mask_learning_rate is None else self.mask_learning_rate
+        _move_to_group(optimizer, logits, mask_rate, self.mask_weight_decay, self.mask_optimizer_states)
+        if self.mask_optimizer_states is not None:
+            _move_to_group(optimizer, weights, rate, self.args.weight_decay, self.mask_optimizer_states)
         return optimizer
 
     def _check_in_backward(self) -> None:
@@ -120,6 +120,10 @@ class NMSparseTrainer(DistillingTrainer):
             f"gradient_accumulation_steps={args.gradient_accumulation_steps} adds up gradients; set it to 1, and a larger "
             "per_device_train_batch_size": args.gradient_accumulation_steps > 1,
             "fp16 scales the loss; use bf16": args.fp16,
+            "srste_decay adds to gradients before the step; set it to 0": any(
+                isinstance(layer.relaxations[name], DECAYING) and layer.configs[name].srste_decay
+                for _, layer, name in trained_layers(self.model)
+            ),
             f"{max(args.world_size, args.n_gpu)} devices share gradients; use one": max(args.world_size, args.n_gpu)
             > 1,
             f"another optimizer is asked for (optim={str(args.optim)!r}, or optimizers, or optimizer_cls_and_kwargs)": (
@@ -168,7 +172,7 @@ class NMSparseTrainer(DistillingTrainer):
         phases = next((c for c in self.callback_handler.callbacks if isinstance(c, MaskPhaseCallback)), None)
         spans = [(0, num_training_steps)] if phases is None else phases.spans
         travel, (first, end) = min((sum(rates[slice(*span)]), span) for span in spans)
-        configs = [layer.configs[name] for _, layer, name in trained_layers(self.model)]
+        configs = [layer.configs[name] for _, layer, name in trained_logits(self.model)]
         factors = (CONFIDENCE_FACTORS[0] if config.prior_confidence else 1 for config in configs)
         strengths = [factor * config.prior_strength for factor, config in zip(factors, configs, strict=True)]
         gap = max(strengths, default=0.0) * LOGIT_STD
@@ -189,7 +193,7 @@ class NMSparseTrainer(DistillingTrainer):
     def _mask_learning_rates(self, steps: int) -> list[float]:
         """The learning rate of the logits at each step, as far as it is known beforehand."""
         scheduler = self.lr_scheduler
-        logits = {id(layer.nmsparse_logits[name].weight) for _, layer, name in trained_layers(self.model)}
+        logits = {id(layer.mask_parameter(name)) for _, layer, name in trained_logits(self.model)}
         groups = [] if scheduler is None else scheduler.optimizer.param_groups
         found = [i for i, group in enumerate(groups) if any(id(parameter) in logits for parameter in group["params"])]
         if not found:  # shards stand in the place of the parameters
@@ -199,3 +203,26 @@ class NMSparseTrainer(DistillingTrainer):
         if not isinstance(scheduler, LambdaLR):
             return [first[fastest]] * steps
         return [first[fastest] * scheduler.lr_lambdas[fastest](step) for step in range(steps)]
+
+
+def _move_to_group(
+    optimizer: torch.optim.Optimizer,
+    parameters: dict[int, nn.Parameter],
+    learning_rate: float,
+    weight_decay: float,
+    states: str | None,
+) -> None:
+    """Give those of an optimizer's parameters a group of their own.
+
+    Args:
+        parameters (`dict[int, nn.Parameter]`): by their ids.
+        states (`str`, *optional*): how `MaskAdamW` holds their states.
+    """
+    moved = [p for group in optimizer.param_groups for p in group["params"] if id(p) in parameters]
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if id(p) not in parameters]
+    if moved:
+        group = {"params": moved, "lr": learning_rate, "weight_decay": weight_decay}
+        if isinstance(optimizer, MaskAdamW) and states is not None:
+            group["states"] = states
+        optimizer.add_param_group(group)
