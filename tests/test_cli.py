@@ -257,6 +257,9 @@ def test_plan_counts_terms(there):
     plain = facts("plan base --relaxation elementwise")
     assert plan["logits_bytes"] == plain["logits_bytes"] and plain["term_bytes"] == 0
     assert plan["term_bytes"] == 4 * sum(layer["term_parameters"] for layer in plan["layers"]) > 0
+    assert "operations" in run("plan base --pattern 2:8 --relaxation bdwp --training-cost").stdout
+    cost = facts("plan base --pattern 2:8 --training-cost --tokens 10")["training_cost"]
+    assert cost["both n:m"]["total"]["forward"] == cost["dense"]["total"]["forward"] / 4
     assert "terms, float32" in run("plan base --low-rank 2").stdout and "terms" not in run("plan base").stdout
 
 

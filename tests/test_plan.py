@@ -19,6 +19,7 @@ from hf_nmsparse.adapter import mask_layers
 from hf_nmsparse.errors import ConfigError, UnsupportedError
 from hf_nmsparse.packed import packed_sizes
 from hf_nmsparse.packed.stored_mask import inside_24
+from hf_nmsparse.training.cost import total_cost, training_cost
 
 ALL_TERMS = {"slorb_block": 5, "low_rank": 3, "delta_rank": 2}
 PROJECTION = {"slorb_block": 8, "slorb_train_projection": True, "low_rank": 2}
@@ -29,7 +30,7 @@ def trainable(model, part: str) -> int:
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "1:4", "4:8"])
-@pytest.mark.parametrize("relaxation", ["candidates", "elementwise"])
+@pytest.mark.parametrize("relaxation", ["candidates", "elementwise", "straight_through"])
 def test_logits_are_those_of_the_adapter_and_the_mask_file_is_as_large(make_llama, tmp_path, pattern, relaxation):
     config = NMSparseConfig(pattern=pattern, relaxation=relaxation)
     plan = nms.plan(make_llama(), config)
@@ -310,3 +311,21 @@ def test_kept_masked_weights_are_in_the_dtype_of_the_model_and_fewer_with_checkp
 def test_a_plan_refuses_unknown_states(make_llama):
     with pytest.raises(ConfigError, match="optimizer_states='4bit'"):
         nms.plan(make_llama(), NMSparseConfig(), optimizer_states="4bit")
+
+
+# --- what a training step costs ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("pattern", "forward", "both"), [("2:8", 0.75, 0.5), ("2:4", 5 / 6, 2 / 3), ("1:4", 0.75, 0.5)]
+)
+def test_training_with_sparse_weights_leaves_the_papers_share_of_the_operations(llama, pattern, forward, both):
+    planned = nms.plan(llama, NMSparseConfig(pattern=pattern, relaxation="bdwp"))
+    costs = {kind: total_cost(layers) for kind, layers in training_cost(planned, 100).items()}
+    weights = sum(layer.out_features * layer.in_features for layer in planned.layers)
+    assert costs["dense"].total == 3 * 100 * weights and costs["dense"].weight_bytes == 3 * 2 * weights
+    assert costs["forward n:m"].total == pytest.approx(forward * costs["dense"].total)
+    assert costs["both n:m"].total == pytest.approx(both * costs["dense"].total)
+    n, m = map(int, pattern.split(":"))
+    read = n / m * (2 + math.log2(m) / 8)
+    assert costs["both n:m"].weight_bytes == pytest.approx((2 * read + 2) * weights)
+    with pytest.raises(ConfigError, match="tokens=0"):
+        training_cost(planned, 0)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -35,6 +36,17 @@ CheckpointingOption = Annotated[
 ]
 
 
+TrainingCostOption = Annotated[
+    bool,
+    typer.Option(
+        "--training-cost", help="Count the operations and bytes of a training step: dense, and with n:m weights."
+    ),
+]
+TokensOption = Annotated[
+    int, typer.Option("--tokens", metavar="T", min=1, help="Tokens of that step: batch times sequence length.")
+]
+
+
 def plan(
     model: ModelArgument,
     pattern: PatternOption = "2:4",
@@ -48,6 +60,8 @@ def plan(
     low_rank: LowRankOption = None,
     delta_rank: DeltaOption = None,
     dense_layers: DenseLayersOption = None,
+    training_cost: TrainingCostOption = False,
+    tokens: TokensOption = 2048,
     json_output: JsonOption = False,
 ) -> None:
     """Say what a mask would prune, and the bytes of its logits, terms, gradients, optimizer state and results.
@@ -55,6 +69,8 @@ def plan(
     Reads the model's config only: no weights are fetched.
 
     Example: nmsparse plan HuggingFaceTB/SmolLM2-135M --pattern 2:4 --low-rank 8
+
+    Example: nmsparse plan HuggingFaceTB/SmolLM2-135M --pattern 2:8 --training-cost
     """
     with verb(json_output) as answer:
         from .. import NMSparseConfig
@@ -75,6 +91,8 @@ def plan(
         answer.facts = {"model": model, **planned.to_dict()}
         show_plan(answer, model, planned)
         show_ways(answer, planned)
+        if training_cost:
+            show_training_cost(answer, planned, tokens)
 
 
 def show_plan(answer: Answer, model: str, planned: Plan) -> None:
@@ -144,6 +162,32 @@ def show_ways(answer: Answer, planned: Plan) -> None:
     )
     columns = ("relaxation", "dtype", "AdamW", "in backward", "logits", "grads", "states", "sum", "")
     answer.show(table("bytes a masked weight, of its logits alone", columns, rows))
+
+
+def show_training_cost(answer: Answer, planned: Plan, tokens: int) -> None:
+    """Add to an answer what a training step costs, dense and with n:m weights, by kind of layer and in all."""
+    from ..training.cost import total_cost
+    from ..training.cost import training_cost as cost_of
+
+    costs = cost_of(planned, tokens)
+    answer.facts["training_cost"] = {
+        kind: {"layers": [asdict(cost) for cost in layers], "total": asdict(total_cost(layers))}
+        for kind, layers in costs.items()
+    }
+    dense = {}
+    rows = []
+    for kind, layers in costs.items():
+        groups: dict[str, list] = {}
+        for cost in layers:
+            groups.setdefault(cost.name.rpartition(".")[2], []).append(cost)
+        for name, members in {**groups, "all": layers}.items():
+            cost = total_cost(members)
+            dense.setdefault(name, cost)
+            parts = (f"{part / 1e9:,.1f}" for part in (cost.forward, cost.backward, cost.update))
+            shares = cost.total / dense[name].total, cost.weight_bytes / dense[name].weight_bytes
+            rows.append((kind, name, *parts, *(f"{share:.1%}" for share in shares)))
+    columns = ("weights", "layer", "forward", "backward", "update", "operations", "bytes")
+    answer.show(table(f"10^9 multiply-accumulates of a step of {tokens} tokens, at best", columns, rows))
 
 
 def _grouped(skipped: dict[str, str]) -> list[tuple[str, str]]:
