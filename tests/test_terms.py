@@ -368,7 +368,7 @@ def test_experts_take_a_delta_each_and_no_side_branch(family, tmp_path):
         ({"slorb_block": 0}, "slorb_block=0"),
         ({"low_rank": True}, "low_rank=True"),
         ({"delta_rank": 2.0}, "delta_rank=2.0"),
-        ({"slorb_init": "xavier"}, "slorb_init='xavier'"),
+        ({"slorb_init": "random"}, "slorb_init='random'"),
         ({"slorb_train_projection": True}, "needs slorb_block"),
         ({"target_parameters": "experts.down_proj"}, "target_parameters must be a list"),
     ],

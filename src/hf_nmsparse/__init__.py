@@ -45,6 +45,7 @@ _LAZY = {
     "MaskPhaseCallback": "training",
     "MaskScheduleCallback": "training",
     "NMSparseTrainer": "training",
+    "PDPCallback": "training",
     "TeacherCache": "training",
     "fit_side_branch": "training",
     "learn_blockwise": "training",

@@ -6,6 +6,7 @@ from .callbacks import MaskMetricsCallback, MaskScheduleCallback, add_mask_decay
 from .distillation import Distillation
 from .one_block import BlockReport
 from .optimizers import MaskAdamW
+from .pdp import PDPCallback
 from .phases import MaskPhaseCallback
 from .plan import Plan, plan
 from .prior import set_prior
@@ -24,6 +25,7 @@ __all__ = [
     "MaskPhaseCallback",
     "MaskScheduleCallback",
     "NMSparseTrainer",
+    "PDPCallback",
     "Plan",
     "TeacherCache",
     "add_mask_decay",
