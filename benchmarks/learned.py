@@ -104,6 +104,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS)
+    parser.add_argument("--masks", type=Path, help="folder in which to publish the masks of learned rows")
     parser.add_argument("--output", help="JSON file; by default in benchmarks/results")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -177,6 +178,8 @@ def measure(row: str, chosen: Setting, arguments: argparse.Namespace) -> dict[st
         result["prior_minutes"] = minutes_since(begun)
     elif row in LEARNED:
         model, result = learn(LEARNED[row], model, chosen, calibration, arguments)
+        if arguments.masks is not None:
+            nms.save_mask(model, arguments.masks / row.replace(", ", "-").replace(" ", "-"))
     result["perplexity"], result["window_losses"] = {}, {}
     with merged(model):
         for name, tokens in chosen.texts.items():
@@ -234,7 +237,7 @@ def trained(
     count = min(steps * BATCH, len(chosen.train) // LENGTH)
     curve = Curve(next(iter(chosen.texts.values()))[:CURVE_WINDOWS] if rate else None, steps)
     options = {
-        "output_dir": "unused",
+        "output_dir": "runs/learned",
         "max_steps": steps,
         "per_device_train_batch_size": BATCH,
         "learning_rate": rate,

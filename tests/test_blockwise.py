@@ -247,8 +247,10 @@ def test_a_dense_block_that_overflows_is_named(llama, tokens):
 def test_only_masks_that_can_be_trained_are_taken(make_llama, tokens):
     with pytest.raises(ConfigError, match="expected one active mask adapter, found none"):
         learn(make_llama(), tokens)
-    with pytest.raises(ConfigError, match="has no logits yet"):
+    with pytest.raises(ConfigError, match="has no mask yet"):
         learn(masked(make_llama(), prior="wanda"), tokens)
+    with pytest.raises(ConfigError, match="trains the weight itself"):
+        learn(masked(make_llama(), relaxation="ast"), tokens)
     merged = masked(make_llama())
     merged.merge_adapter()
     with pytest.raises(ConfigError, match="is merged into the weights"):

@@ -119,6 +119,27 @@ def test_trained_mask_is_published_with_its_results(inputs, trained):
     assert checkpoint["logits_bytes"] == 4 * 6 * 18432 // 4
 
 
+def test_trained_weights_are_published_as_a_model(there):
+    texts = f"--data train.txt --eval-data test.txt {SHORT} --max_steps 3 --logging_steps 1 --save_steps 2"
+    found = facts(f"train base {texts} --relaxation ast --mask-interval 1 --slorb-block 8 --output packed")
+    assert (found["kind"], found["steps"], found["terms"]) == ("packed model", 3, {"slorb_block": 8})
+    rows = found["perplexity"]
+    assert list(rows)[-2:] == ["learned", "learned, without the term beside the mask"]
+    again = facts(f"eval packed --text test.txt {SHORT}")["perplexity"]
+    assert again == pytest.approx(rows["learned"], rel=1e-2)  # what SLoRB adds is rounded to bfloat16
+    assert "given new values by ast" in Path("packed/README.md").read_text()
+    assert facts("verify packed")["ok"]
+    checkpoint = facts("inspect packed/checkpoints/checkpoint-3")
+    assert (checkpoint["kind"], len(checkpoint["layers"])) == ("training checkpoint", 14)
+    masked = facts(f"train base {texts} --relaxation pdp --pattern 4:8 --output masked")
+    assert masked["kind"] == "model"
+    assert facts("verify masked --pattern 4:8")["over"] == 0
+    assert (
+        "--blockwise-steps"
+        in run(f"train base {texts} --relaxation bdwp --blockwise-steps 2 --output other", code=2).stderr
+    )
+
+
 def test_a_recipe_holds_options_and_typed_ones_come_first(inputs, tmp_path):
     recipe = tmp_path / "cheap.yaml"
     recipe.write_text(
@@ -405,7 +426,7 @@ def test_wrong_training_options(there, options, said):
         ("inspect train.txt", "is a file"),
         ("inspect .", "inspect takes"),
         ("plan base --pattern 4:2", "0 < n < m"),
-        ("plan base --relaxation nothing", "choose one of candidates, elementwise"),
+        ("plan base --relaxation nothing", "choose one of ast, bdwp, candidates, elementwise"),
         ("plan base --low-rank 0", "low_rank=0 must be a positive integer"),
         ("plan base --slorb-train-projection", "needs slorb_block"),
         ("prune base --criterion nothing --output x", "unknown criterion"),

@@ -265,7 +265,7 @@ class MaskState(BaseTunerLayer):
         """Whether what the mask is computed from was ever written: the codes beside a trained weight, else logits or weight."""
         tensors = self._tensors_of(adapter_name)
         container = self.relaxations[adapter_name].container
-        return bool(tensors.get("nmsparse_mask", tensors[container]).any())
+        return bool(tensors.get("nmsparse_current_codes", tensors[container]).any())
 
     @torch.compiler.disable(
         reason="a mask is checked once before its first use; call the model once before fullgraph=True"

@@ -106,7 +106,9 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
     state = read_json(folder / "trainer_state.json") or {}
     tensors = _tensors(folder)
     parts = {name: name.removeprefix(PREFIX).removesuffix(".weight").rpartition(".") for name in tensors}
-    logits = {place: name for name, (place, _, part) in parts.items() if part == "nmsparse_logits"}
+    trained = {
+        place: name for name, (place, _, part) in parts.items() if part in ("nmsparse_logits", "nmsparse_weight")
+    }
     terms = [name for name, (_, _, part) in parts.items() if part in TERM_CONTAINERS]
     experts = {place: name for name, place in stored_paths((), config.get("target_parameters") or ()).items()}
     return {
@@ -115,8 +117,8 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
         "base_revision": config.get("revision"),
         "step": state.get("global_step"),
         "planned_steps": state.get("max_steps"),
-        "layers": sorted(experts.get(place, place) for place in logits),
-        "logits_bytes": sum(_bytes(tensors[name]) for name in logits.values()),
+        "layers": sorted(experts.get(place, place) for place in trained),
+        "logits_bytes": sum(_bytes(tensors[name]) for name in trained.values()),
         "terms_bytes": sum(_bytes(tensors[name]) for name in terms) or None,
         "config": {key: value for key, value in config.items() if value is not None and key not in _NOISE},
     }

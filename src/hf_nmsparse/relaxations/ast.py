@@ -21,8 +21,8 @@ class ASTRelaxation(TrainedWeightRelaxation):
     `decay(t) * W` (annealed SR-STE, section 3.1), `decay(t) = srste_decay * min(1, t / (srste_ramp * max_steps))`: little at
     first, so that masks flip freely, then more, so that they settle.
 
-    Parameters: `nmsparse_weight` `[out, in]`. Buffers: `nmsparse_mask`, the packed codes of the mask now; and
-    `nmsparse_input_norm` `[in]`, ones for a mask by magnitude.
+    Parameters: `nmsparse_weight` `[out, in]`. Buffers: `nmsparse_current_codes`, the packed codes of the mask now; and
+    `nmsparse_input_factors` `[in]`, ones for a mask by magnitude.
     """
 
     name = "ast"
@@ -32,8 +32,8 @@ class ASTRelaxation(TrainedWeightRelaxation):
         rows, columns = weight.shape
         shape = rows, self.pattern.packed_row_bytes(columns)
         return {
-            "nmsparse_mask": torch.zeros(shape, dtype=torch.uint8, device=weight.device),
-            "nmsparse_input_norm": torch.ones(columns, device=weight.device),
+            "nmsparse_current_codes": torch.zeros(shape, dtype=torch.uint8, device=weight.device),
+            "nmsparse_input_factors": torch.ones(columns, device=weight.device),
         }
 
     def set_prior(
@@ -45,12 +45,12 @@ class ASTRelaxation(TrainedWeightRelaxation):
     ) -> None:
         """Take a mask as it is; there is no strength to it."""
         columns = parameters["nmsparse_weight"].shape[1]
-        parameters["nmsparse_mask"].copy_(ops.pack_codes(codes, self.pattern, columns))
+        parameters["nmsparse_current_codes"].copy_(ops.pack_codes(codes, self.pattern, columns))
 
     def begin_step(self, parameters: dict[str, torch.Tensor], config: RelaxationConfig, moment: Moment) -> None:
         if config.mask_interval is not None and moment.step % config.mask_interval == 0:
             weight = parameters["nmsparse_weight"].detach()
-            scores = weight.abs().float() * parameters["nmsparse_input_norm"]
+            scores = weight.abs().float() * parameters["nmsparse_input_factors"]
             self.set_prior(parameters, ops.top_n_codes(scores, self.pattern), config)
 
     def effective_weight(
@@ -71,7 +71,7 @@ class ASTRelaxation(TrainedWeightRelaxation):
             weight.grad.add_(pruned.to(weight.grad.dtype), alpha=decay)
 
     def codes(self, parameters: dict[str, torch.Tensor], in_features: int) -> torch.Tensor:
-        return ops.unpack_codes(parameters["nmsparse_mask"], self.pattern, in_features)
+        return ops.unpack_codes(parameters["nmsparse_current_codes"], self.pattern, in_features)
 
 
 def srste_decay(config: RelaxationConfig, moment: Moment) -> float:

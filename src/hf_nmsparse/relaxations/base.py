@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 # Containers of the tensors that `Relaxation.buffers` may declare.
-RELAXATION_BUFFERS = ("nmsparse_mask", "nmsparse_input_norm")
+RELAXATION_BUFFERS = ("nmsparse_current_codes", "nmsparse_input_factors")
 
 
 class RelaxationConfig(Protocol):

@@ -266,6 +266,11 @@ def _check_masks(layers: Mapping[str, NMSparseLayer], adapter_name: str) -> None
             raise ConfigError(
                 f"{where} is a published mask (codes), which is final; start new logits from it with nms.set_prior"
             )
+        if layer.configs[adapter_name].trains_weight:
+            raise ConfigError(
+                f"{where} trains the weight itself (relaxation {layer.configs[adapter_name].relaxation!r}); block by block learns "
+                'masks over frozen weights (relaxation="candidates" or "elementwise")'
+            )
         if layer.merged:
             raise ConfigError(f"{where} is merged into the weights; unmerge it first (model.unmerge_adapter())")
         if (active := [one for one in layer.active_adapters if one in layer.configs]) != [adapter_name]:

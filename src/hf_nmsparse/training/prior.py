@@ -104,8 +104,8 @@ def set_prior(
     }
     for name, layer in layers.items():
         layer.set_prior_codes(adapter_name, codes[name], factors.get(name))
-        if adapter_name in layer.nmsparse_input_norm:
-            layer.nmsparse_input_norm[adapter_name].copy_(norms.get(name, torch.ones(layer.in_features)))
+        if adapter_name in layer.nmsparse_input_factors:
+            layer.nmsparse_input_factors[adapter_name].copy_(norms.get(name, torch.ones(layer.in_features)))
     for layer in layers.values():  # one config object serves all layers, and another may serve the PeftModel
         layer.configs[adapter_name].prior = label
     if adapter_name in getattr(model, "peft_config", {}):
