@@ -4,7 +4,8 @@
     python benchmarks/learned.py --threads 2 --minutes 60 --rows dense wanda sparsegpt polish learned
     python benchmarks/learned.py --threads 2 --data wiki/train.txt --text wiki=wiki/test.txt --text code=code/test.txt
 
-Each row is a process of its own; rows that are in the output file already are not run again, so the benchmark can be stopped
+Rows that train the weights too (`ast`, `weights under polish`) end as the model merged; with SLoRB it is scored with that term, and
+without it as well. Each row is a process of its own; rows that are in the output file already are not run again, so the benchmark can be stopped
 and repeated. Weights stay as they are in every row but `sparsegpt, weights updated`. A learned row trains for `--minutes` of
 wall time by NMSparseTrainer, at the measured cost of its own steps (what comes before it, the prior and block by block, is
 on top and given beside it), or for `--steps`. The curve is measured on the first 8 windows of the first text, and chooses
@@ -86,6 +87,15 @@ LEARNED = {
     ),
     "learned, low rank, distilled": Recipe(
         config={"low_rank": 16}, trainer={"distillation": nms.Distillation()}, versus="learned, distilled"
+    ),
+}
+WEIGHTS = {"learning_rate": 1e-4, "trainer": {"distillation": nms.Distillation()}, "versus": "learned, distilled"}
+LEARNED |= {
+    "ast (wanda), distilled": Recipe("wanda", config={"relaxation": "ast"}, **WEIGHTS),
+    "ast (wanda), distilled, SLoRB": Recipe("wanda", config={"relaxation": "ast", "slorb_block": 16}, **WEIGHTS),
+    "weights under polish, distilled": Recipe(config={"relaxation": "ast", "mask_interval": None}, **WEIGHTS),
+    "weights under polish, distilled, SLoRB": Recipe(
+        config={"relaxation": "ast", "mask_interval": None, "slorb_block": 16}, **WEIGHTS
     ),
 }
 COMMON_CONFIG = {"temperature": (1.0, 0.05), "logit_scale": (100.0, 500.0), "prior_strength": 3.0}
@@ -178,7 +188,7 @@ def measure(row: str, chosen: Setting, arguments: argparse.Namespace) -> dict[st
         result["prior_minutes"] = minutes_since(begun)
     elif row in LEARNED:
         model, result = learn(LEARNED[row], model, chosen, calibration, arguments)
-        if arguments.masks is not None:
+        if arguments.masks is not None and not model.peft_config["default"].trains_weight:
             nms.save_mask(model, arguments.masks / row.replace(", ", "-").replace(" ", "-"))
     result["perplexity"], result["window_losses"] = {}, {}
     with merged(model):
@@ -186,6 +196,11 @@ def measure(row: str, chosen: Setting, arguments: argparse.Namespace) -> dict[st
             found = nms.perplexity(model, tokens)
             result["perplexity"][name] = round(found.value, 3)
             result["window_losses"][name] = [round(loss, 5) for loss in found.window_losses]
+    if row in LEARNED and LEARNED[row].config.get("slorb_block"):
+        for layer in mask_layers(model).values():
+            layer.merge(with_side_branch=False)
+        without = {name: nms.perplexity(model, tokens).value for name, tokens in chosen.texts.items()}
+        result["perplexity_without_slorb"] = {name: round(value, 3) for name, value in without.items()}
     return result
 
 
@@ -200,7 +215,7 @@ def learn(
     begun = time.perf_counter()
     if recipe.prior != "magnitude":
         nms.set_prior(model, recipe.prior, calibration=calibration)
-    if config.has_side_branch:
+    if config.has_side_branch and not config.trains_weight:
         nms.fit_side_branch(model, calibration=calibration)
     result: dict[str, Any] = {"prior_minutes": minutes_since(begun)}
     if recipe.blockwise_steps:
