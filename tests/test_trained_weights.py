@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from families import FAMILIES, inputs_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
@@ -17,7 +18,7 @@ import hf_nmsparse as nms
 from hf_nmsparse import NMPattern, NMSparseConfig, ops
 from hf_nmsparse.adapter import NMSparseConv2d, mask_layers
 from hf_nmsparse.data import TokenWindows
-from hf_nmsparse.errors import ConfigError, UnsupportedError
+from hf_nmsparse.errors import BaseModelMismatchError, ConfigError, UnsupportedError
 from hf_nmsparse.relaxations import Moment, get_relaxation
 
 TRAINED = ("ast", "pdp", "bdwp", "transposable")
@@ -470,3 +471,34 @@ def test_what_does_not_go_with_trained_weights_is_refused(make_llama, tmp_path):
         model(torch.zeros(1, 4, dtype=torch.int64))
     with pytest.raises(ConfigError, match="has no prior"):
         nms.set_prior(masked(make_llama(), "bdwp"), "magnitude")
+
+
+@pytest.mark.parametrize("name", ["ast", "pdp", "transposable"])
+def test_experts_are_trained_too_but_not_by_two_way_products(name):
+    model = FAMILIES["mixtral"]()
+    inputs = inputs_for("mixtral")
+    masked_experts = masked(model, name).train()
+    nms.set_mask_step(masked_experts, 0, 10)
+    masked_experts(**inputs, labels=inputs["input_ids"]).loss.backward()
+    found = {n: p for n, p in masked_experts.named_parameters() if ".nmsparse_weight." in n and "experts" in n}
+    assert found and all(p.grad is not None and bool(p.grad.any()) for p in found.values())
+    with pytest.raises(UnsupportedError, match="target_parameters"):
+        masked(FAMILIES["mixtral"](), "bdwp")
+
+
+def test_trained_weights_load_without_a_copy_of_their_own_first(make_llama, windows, tmp_path):
+    model = masked(make_llama(), "ast")
+    train(model, tmp_path, windows, max_steps=2)
+    expected = model.eval()(windows).logits
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(make_llama(), tmp_path / "adapter", low_cpu_mem_usage=True)
+    assert torch.equal(loaded(windows).logits, expected)
+
+
+def test_a_trained_weight_is_refused_on_another_base(make_llama, windows, tmp_path):
+    masked(make_llama(), "ast").save_pretrained(tmp_path / "adapter")
+    other = make_llama()
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight.mul_(2)
+    with pytest.raises(BaseModelMismatchError, match="up_proj"):
+        PeftModel.from_pretrained(other, tmp_path / "adapter")(windows)

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from .. import ops
 from ..errors import UnsupportedError
 from ..pattern import NMPattern
+from ..relaxations import Relaxation, get_relaxation
 from .base_weight import BaseWeight
 from .config import NMSparseConfig
 from .layer import NMSparseLayer
@@ -162,6 +163,11 @@ class ParamWrapper(_MaskModule, NMSparseLayer):
         self.train(base.module.training)
 
     def update_layer(self, adapter_name: str, config: NMSparseConfig) -> None:
+        if get_relaxation(config.relaxation).backward_weight is not Relaxation.backward_weight:
+            raise UnsupportedError(
+                f"{self.module_name}: relaxation {config.relaxation!r} has another weight for the backward product, which the code of "
+                "fused experts does not take; leave the experts out with target_parameters=[], or use another relaxation"
+            )
         if config.has_side_branch:
             raise UnsupportedError(
                 f"{self.module_name}: slorb_block and low_rank add to the output of a linear layer, and fused experts have "
