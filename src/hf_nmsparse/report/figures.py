@@ -142,6 +142,8 @@ _MASK_PANELS = (
     ("nm/flip_rate", "Groups changed since the start (%)", 100.0),
     ("nm/max_prob", "Largest probability, mean", 1.0),
     ("nm/entropy", "Entropy, mean (bits)", 1.0),
+    ("nm/distillation_loss", "Distance to the dense model, T² KL", 1.0),
+    ("nm/hidden_loss", "Error of hidden states", 1.0),
     ("nm/temperature", "Temperature (schedule)", 1.0),
     ("nm/logit_scale", "Logit scale (schedule)", 1.0),
 )
