@@ -247,6 +247,11 @@ def measured_peak(make_model, config: dict, optimizer_of, in_backward=False, che
         (torch.bfloat16, CHEAP, "8bit", True, False),
         (torch.bfloat16, CHEAP, "8bit", True, True),
         (torch.bfloat16, {**CHEAP, "resample": "step"}, "8bit", False, True),
+        *(
+            (torch.bfloat16, {"relaxation": name}, "float32", False, False)
+            for name in ("ast", "pdp", "bdwp", "transposable")
+        ),
+        (torch.bfloat16, {"relaxation": "bdwp"}, "float32", False, True),
     ],
     ids=[
         "candidates",
@@ -255,6 +260,7 @@ def measured_peak(make_model, config: dict, optimizer_of, in_backward=False, che
         "in-backward",
         "in-backward-checkpointing",
         "one-sample-a-step",
+        *("ast", "pdp", "bdwp", "transposable", "bdwp-checkpointing"),
     ],
 )
 def test_training_takes_the_planned_bytes(make_llama, dtype, config, states, in_backward, checkpointing):

@@ -54,6 +54,8 @@ class Relaxation(ABC):
     container: ClassVar[str] = "nmsparse_logits"
     # Whether that is a weight of the adapter's own, which takes the place of the base weight.
     trains_weight: ClassVar[bool] = False
+    # How many weights are held from the first pass of an optimizer step to its end.
+    held_weights: ClassVar[int] = 0
     # Whether it starts from a given mask; else its weights alone say which.
     takes_prior: ClassVar[bool] = True
     # Whether the mask of training is drawn from a distribution, of which `certainty` tells.

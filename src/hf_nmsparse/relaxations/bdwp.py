@@ -24,6 +24,7 @@ class BDWPRelaxation(TrainedWeightRelaxation):
     """
 
     name = "bdwp"
+    held_weights = 2
 
     def effective_weight(
         self,
@@ -64,6 +65,7 @@ class TransposableRelaxation(TrainedWeightRelaxation):
     """
 
     name = "transposable"
+    held_weights = 1
 
     def effective_weight(
         self,

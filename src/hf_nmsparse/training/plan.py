@@ -32,6 +32,7 @@ from ..hub.mask_file import PREFIX, stored_paths
 from ..packed.layers import unpackable_layers
 from ..packed.stored_mask import inside_24
 from ..pattern import NMPattern
+from ..relaxations import RELAXATIONS
 from .optimizers import STATES
 from .planned import Plan, PlannedLayer
 
@@ -169,6 +170,7 @@ def _planned(
     trained = sum(value.numel() for key, value in layer.named_parameters() if key.startswith(NMSparseModel.prefix))
     parameters = trained - sum(terms.values())
     # Beside the masked weight the weight under the mask, where that is computed: dequantised, changed, or laid out anew.
+    relaxation = RELAXATIONS[config.relaxation]
     computed = base.backend is not None or config.delta_rank is not None or (base.transposed and base.is_fused_experts)
     dtype = computes_in if base.backend is not None else base.stored.dtype
     return PlannedLayer(
@@ -180,7 +182,7 @@ def _planned(
         parameters=parameters,
         logits_bytes=getattr(torch, config.logits_dtype).itemsize * parameters,
         term_parameters=sum(terms.values()),
-        kept_bytes=(2 if computed else 1) * dtype.itemsize * out_features * in_features,
+        kept_bytes=max(2 if computed else 1, relaxation.held_weights) * dtype.itemsize * out_features * in_features,
         mask_bytes=out_features * pattern.packed_row_bytes(in_features),
         dense_bytes=base.stored.nbytes,
         packed_bytes=None if reason else packed,

@@ -31,7 +31,8 @@ class PlannedLayer:
         parameters (`int`), logits_bytes (`int`): trainable values of its mask, in the config's `logits_dtype`.
         term_parameters (`int`): trainable values of its terms (SLoRB, low rank, delta), float32.
         kept_bytes (`int`): what autograd keeps of it from forward to backward: the masked weight in the dtype that the
-            model computes in, and the weight under the mask where that is no parameter (quantised, changed by a delta).
+            model computes in, and the weight under the mask where that is no parameter (quantised, changed by a delta), or the
+            one of the backward product (`bdwp`).
         mask_bytes (`int`): its packed codes in a published mask.
         dense_bytes (`int`): its weight as it is now, quantised or not.
         packed_bytes (`int`, *optional*): its kept values, their ids and its side branch in a packed model; `None` if it
@@ -219,7 +220,8 @@ class Plan:
 
     def _lasts(self, layer: PlannedLayer) -> bool:
         """Whether a masked weight is kept beyond its part of the backward pass, or from before its segment."""
-        return self.resample == "step" or (self.checkpointing and layer.block is None)
+        all_step = self.resample == "step" or RELAXATIONS[self.relaxation].held_weights > 0
+        return all_step or (self.checkpointing and layer.block is None)
 
     def _lasting_bytes(self) -> int:
         return sum(layer.kept_bytes for layer in self.layers if self._lasts(layer))
