@@ -19,6 +19,7 @@ from hf_nmsparse import NMPattern, NMSparseConfig, ops
 from hf_nmsparse.adapter import NMSparseConv2d, mask_layers
 from hf_nmsparse.data import TokenWindows
 from hf_nmsparse.errors import BaseModelMismatchError, ConfigError, UnsupportedError
+from hf_nmsparse.ops import trained_weights
 from hf_nmsparse.relaxations import Moment, get_relaxation
 
 TRAINED = ("ast", "pdp", "bdwp", "transposable")
@@ -181,6 +182,13 @@ def test_transposable_masks_are_the_best_of_their_block(seed, n):
             if all(sum(column in columns for columns in choice) == n for column in range(4))
         )
         assert float((block * chosen).sum()) == pytest.approx(best, rel=1e-6)
+
+
+def test_large_weights_are_solved_in_slices(monkeypatch):
+    scores = torch.rand(23, 32)
+    whole = ops.transposable_mask(scores, PATTERN)
+    monkeypatch.setattr(trained_weights, "_SLICE", 12)
+    assert torch.equal(ops.transposable_mask(scores, PATTERN), whole)
 
 
 def test_rows_beyond_the_last_block_keep_n_of_their_inputs_and_at_most_n_of_their_outputs():

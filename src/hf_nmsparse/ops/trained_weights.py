@@ -15,6 +15,7 @@ from ..pattern import NMPattern
 from .packing import top_n_mask
 
 _BLOCK = 4
+_SLICE = 1 << 17  # blocks at a time: 47 MB of sums for 2:4
 
 
 # --- straight through ---------------------------------------------------------------------------------------------------
@@ -253,7 +254,11 @@ def transposable_mask(scores: torch.Tensor, pattern: NMPattern) -> torch.Tensor:
     masks = block_masks(pattern.n).to(scores.device)  # [count, 4, 4]
     padded = F.pad(scores.detach().float(), (0, 0, 0, -rows % _BLOCK))
     blocks = padded.unflatten(0, (-1, _BLOCK)).unflatten(2, (-1, _BLOCK)).transpose(1, 2)  # [R, C, 4, 4]
-    chosen = masks[(blocks.flatten(2) @ masks.flatten(1).float().t()).argmax(2)]
+    table = masks.flatten(1).float().t()
+    slices = blocks.split(
+        max(1, _SLICE // blocks.shape[1])
+    )  # a sum for each mask of each block of the whole would be huge
+    chosen = masks[torch.cat([(part.flatten(2) @ table).argmax(2) for part in slices])]
     return chosen.transpose(1, 2).reshape(padded.shape)[:rows]
 
 
