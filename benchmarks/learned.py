@@ -196,18 +196,21 @@ def measure(row: str, chosen: Setting, arguments: argparse.Namespace) -> dict[st
         model, result = learn(LEARNED[row], model, chosen, calibration, arguments)
         if arguments.masks is not None and not model.peft_config["default"].trains_weight:
             nms.save_mask(model, arguments.masks / row.replace(", ", "-").replace(" ", "-"))
-    result["perplexity"], result["window_losses"] = {}, {}
-    with merged(model):
-        for name, tokens in chosen.texts.items():
-            found = nms.perplexity(model, tokens)
-            result["perplexity"][name] = round(found.value, 3)
-            result["window_losses"][name] = [round(loss, 5) for loss in found.window_losses]
+    result |= scores(model, chosen.texts)
     if row in LEARNED and LEARNED[row].config.get("slorb_block"):
         for layer in mask_layers(model).values():
             layer.merge(with_side_branch=False)
         without = {name: nms.perplexity(model, tokens).value for name, tokens in chosen.texts.items()}
         result["perplexity_without_slorb"] = {name: round(value, 3) for name, value in without.items()}
     return result
+
+
+def scores(model: nn.Module, texts: dict[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
+    """Perplexity of each text, and the loss of each of its windows."""
+    with merged(model):
+        found = {name: nms.perplexity(model, tokens) for name, tokens in texts.items()}
+    losses = {name: [round(loss, 5) for loss in of.window_losses] for name, of in found.items()}
+    return {"perplexity": {name: round(of.value, 3) for name, of in found.items()}, "window_losses": losses}
 
 
 def learn(

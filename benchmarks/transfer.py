@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A mask for a task's domain: learned from scratch, or from a general mask; what it costs to store, and what a mix of both serves.
+"""A mask for a task's domain: learned from scratch, or from a general mask; and what it costs to store.
 
-    python benchmarks/learned.py --threads 1 --steps 120 --data wiki/train.txt --rows "learned, distilled" --masks masks
-    python benchmarks/transfer.py --general masks/learned-distilled --train code/train.txt --test code/test.txt \
+    for text in wiki prose pydocs code; do head -c 2300000 $text/train.txt; done > mixed.txt
+    python benchmarks/learned.py --threads 1 --steps 200 --data mixed.txt --rows learned --masks masks
+    python benchmarks/transfer.py --general masks/learned --train code/train.txt --test code/test.txt \
         --other wiki=wiki/test.txt --steps 150
 
 SmolLM2-135M-Instruct, 2:4, weights frozen. "from scratch" starts from polish on the task's own text, "from general" from the
@@ -17,12 +18,11 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from learned import LEARNED, LENGTH, Recipe, Setting, bootstrap, learn, merged, minutes_since
+from learned import LEARNED, LENGTH, Recipe, Setting, bootstrap, learn, scores
 from timing import write_results
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -33,7 +33,7 @@ from hf_nmsparse.data import tokenize, windows
 from hf_nmsparse.errors import ConfigError
 from hf_nmsparse.ops.machine import keep_freed_memory
 
-ROWS = ("dense", "general as is", "from scratch", "from general", "mix of logits", "mix of votes")
+ROWS = ("dense", "general as is", "from scratch", "from general")
 
 
 def main() -> None:
@@ -87,15 +87,7 @@ def measure(row: str, arguments: argparse.Namespace) -> dict[str, Any]:
         model = nms.load_mask(model, arguments.general)
     elif row in ("from scratch", "from general"):
         model, result = task_mask(row, model, chosen, arguments)
-    elif row.startswith("mix"):
-        model = mixed(row.rpartition(" ")[2], model, arguments)
-    result["perplexity"], result["window_losses"] = {}, {}
-    with merged(model):
-        for name, tokens in chosen.texts.items():
-            found = nms.perplexity(model, tokens)
-            result["perplexity"][name] = round(found.value, 3)
-            result["window_losses"][name] = [round(loss, 5) for loss in found.window_losses]
-    return result
+    return result | scores(model, chosen.texts)
 
 
 def setting(arguments: argparse.Namespace) -> Setting:
@@ -130,34 +122,12 @@ def task_mask(row: str, base, chosen: Setting, arguments: argparse.Namespace) ->
     return model, result
 
 
-def mixed(how: str, base, arguments: argparse.Namespace):
-    """Both masks with equal weights: of logits that start from each mask, or of votes."""
-    task = folder_of("from general", arguments)
-    if how == "votes":
-        model = nms.load_mask(base, arguments.general, adapter_name="general")
-        nms.load_mask(model, task, adapter_name="task")
-    else:
-        from peft import get_peft_model
-
-        model = get_peft_model(base, nms.NMSparseConfig(prior=None), adapter_name="general")
-        nms.set_prior(model, str(arguments.general), adapter_name="general")
-        model.add_adapter("task", nms.NMSparseConfig(prior=None))
-        nms.set_prior(model, str(task), adapter_name="task")
-    # The general mask decides where the two have no weight in common.
-    model.base_model.add_weighted_adapter(["general", "task"], [0.5001, 0.4999], "mix", combination_type=how)
-    begun = time.perf_counter()
-    model.set_adapter("mix")
-    print(f"set_adapter took {minutes_since(begun) * 60:.2f} s", file=sys.stderr)
-    return model
-
-
 def folder_of(row: str, arguments: argparse.Namespace) -> Path:
     return arguments.masks / row.replace(" ", "-")
 
 
 def comparisons(rows: dict[str, dict]) -> dict[str, dict[str, Any]]:
     pairs = [("from general", "from scratch"), ("from general", "general as is"), ("from general", "dense")]
-    pairs += [("mix of votes", "general as is"), ("mix of votes", "from general")]
     return {
         f"{mine} against {other}": {
             text: bootstrap(losses, rows[other]["window_losses"][text])
