@@ -160,6 +160,21 @@ def test_two_way_convolutions_agree_with_autograd(options):
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_two_way_products_train_under_autocast(kind):
+    layer = nn.Linear(8, 4) if kind == "linear" else nn.Conv2d(8, 4, 3, padding=1)
+    x = torch.randn(*((3, 8) if kind == "linear" else (2, 8, 5, 5)), requires_grad=True)
+    other = torch.randn_like(layer.weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        if kind == "linear":
+            y = ops.two_way_linear(x, layer.weight, other, layer.bias)
+        else:
+            y = ops.two_way_conv2d(x, layer.weight, other, layer)
+        assert torch.equal(y, layer(x))
+    y.float().square().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in (x, *layer.parameters()))
+
+
 @pytest.mark.parametrize(("n", "count"), [(1, 24), (2, 90), (3, 24)])
 def test_masks_of_a_block_are_all_those_with_n_in_each_row_and_column(n, count):
     masks = ops.block_masks(n)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from ..errors import UnsupportedError
 from ..pattern import NMPattern
+from .eager import autocast
 from .packing import top_n_mask
 
 _BLOCK = 4
@@ -152,18 +153,22 @@ def two_way_linear(
         backward_weight (`torch.Tensor`): W_B, `[out, in]`.
         bias (`torch.Tensor`, *optional*): `[out]`.
     """
+    x, weight, backward_weight, bias = _as_autocast(x, weight, backward_weight, bias)
     return _TwoWayLinear.apply(x, weight, backward_weight, bias)
+
+
+def _as_autocast(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """The operands as autocast would have them: it does not reach into the backward pass of a Function."""
+    return [tensor if tensor is None else autocast(tensor) for tensor in tensors]
 
 
 class _TwoWayLinear(torch.autograd.Function):
     @staticmethod
-    @torch.amp.custom_fwd(device_type="cuda")
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor, backward_weight: torch.Tensor, bias: torch.Tensor | None):
         ctx.save_for_backward(x, backward_weight)
         return F.linear(x, weight, bias)
 
     @staticmethod
-    @torch.amp.custom_bwd(device_type="cuda")
     def backward(ctx, grad: torch.Tensor):
         x, backward_weight = ctx.saved_tensors
         rows = grad.flatten(0, -2) if grad.dim() != 2 else grad
@@ -185,16 +190,10 @@ def two_way_conv2d(
     """
     padding = layer.padding
     if isinstance(padding, str) or layer.padding_mode != "zeros":
-        x, padding = (
-            F.pad(x, _padded_sides(layer), "constant" if layer.padding_mode == "zeros" else layer.padding_mode),
-            0,
-        )
-    geometry = layer.stride, _pair(padding), layer.dilation, layer.groups
-    return _TwoWayConv2d.apply(x, weight, backward_weight, layer.bias, *geometry)
-
-
-def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else value
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        x, padding = F.pad(x, _padded_sides(layer), mode), (0, 0)
+    tensors = _as_autocast(x, weight, backward_weight, layer.bias)
+    return _TwoWayConv2d.apply(*tensors, layer.stride, padding, layer.dilation, layer.groups)
 
 
 def _padded_sides(layer: torch.nn.Conv2d) -> list[int]:
@@ -255,9 +254,8 @@ def transposable_mask(scores: torch.Tensor, pattern: NMPattern) -> torch.Tensor:
     padded = F.pad(scores.detach().float(), (0, 0, 0, -rows % _BLOCK))
     blocks = padded.unflatten(0, (-1, _BLOCK)).unflatten(2, (-1, _BLOCK)).transpose(1, 2)  # [R, C, 4, 4]
     table = masks.flatten(1).float().t()
-    slices = blocks.split(
-        max(1, _SLICE // blocks.shape[1])
-    )  # a sum for each mask of each block of the whole would be huge
+    # In slices: a sum for each mask of each block of the whole would be huge.
+    slices = blocks.split(max(1, _SLICE // blocks.shape[1]))
     chosen = masks[torch.cat([(part.flatten(2) @ table).argmax(2) for part in slices])]
     return chosen.transpose(1, 2).reshape(padded.shape)[:rows]
 

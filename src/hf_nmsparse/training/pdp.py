@@ -132,12 +132,11 @@ class PDPCallback(TrainerCallback):
         progress = state.global_step / max(1, state.max_steps)
         if progress >= self.warmup and any(bool(mask.final_ratio.isnan()) for mask in self.masks.values()):
             self._rank(model)
-        share = 1.0 if not self.ramp else (progress - self.warmup) / self.ramp
+        share = (progress - self.warmup) / self.ramp if self.ramp else float(progress >= self.warmup)
         start, end = self.temperature
         for mask in self.masks.values():
             mask.temperature = start + (end - start) * progress
-            mask.ratio = float(mask.final_ratio) * min(1.0, share) if share > 0 or not self.ramp else 0.0
-            mask.ratio = 0.0 if math.isnan(mask.ratio) else mask.ratio
+            mask.ratio = float(mask.final_ratio) * min(1.0, share) if share > 0 else 0.0
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs
