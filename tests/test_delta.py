@@ -101,6 +101,16 @@ def encode_slowly(codes: list[int], general: list[int], num_candidates: int, par
     return len(ranks).to_bytes(8, "little") + bytes([parameter]) + as_bytes(low) + packed + as_bytes(high)
 
 
+def packed_bytes(codes: torch.Tensor, pattern: NMPattern) -> torch.Tensor:
+    return ops.pack_codes(codes, pattern, codes.shape[1] * pattern.m)
+
+
+def all_codes(packed: torch.Tensor, pattern: NMPattern) -> list[int]:
+    """Also of the places that a row leaves open."""
+    slots = pattern.max_groups(packed.shape[1])
+    return ops.unpack_codes(packed, pattern, slots * pattern.m).flatten().tolist()
+
+
 def int_log(value: int, base: int) -> int:
     power = 0
     while base ** (power + 1) <= value:
@@ -119,27 +129,31 @@ def test_changes_are_what_the_format_says_and_decode_to_the_codes(pattern, share
     for rows, groups in ((1, 1), (7, 13), (31, 48)):
         general = torch.randint(0, pattern.num_candidates, (rows, groups))
         codes = with_changes(general, share, pattern.num_candidates)
-        stream = encode_changes(codes, general, pattern)
-        lists = codes.flatten().tolist(), general.flatten().tolist()
+        codes, general = packed_bytes(codes, pattern), packed_bytes(general, pattern)
+        stream = encode_changes(codes, general, pattern, "layer")
+        lists = all_codes(codes, pattern), all_codes(general, pattern)
         choices = [encode_slowly(*lists, pattern.num_candidates, parameter) for parameter in range(12)]
         assert bytes(stream.tolist()) == choices[stream[8]] and len(stream) <= min(map(len, choices))
         assert torch.equal(decode_changes(stream, general, pattern, "layer"), codes)
 
 
 def test_any_parameter_decodes():
-    general = torch.randint(0, 6, (9, 40))
-    codes = with_changes(general, 0.1, 6)
+    pattern = NMPattern("2:4")
+    codes = torch.randint(0, 6, (9, 40))
+    general, codes = packed_bytes(codes, pattern), packed_bytes(with_changes(codes, 0.1, 6), pattern)
     for parameter in range(41):
-        slow = encode_slowly(codes.flatten().tolist(), general.flatten().tolist(), 6, parameter)
+        slow = encode_slowly(all_codes(codes, pattern), all_codes(general, pattern), 6, parameter)
         stream = torch.tensor(list(slow), dtype=torch.uint8)
-        assert torch.equal(decode_changes(stream, general, NMPattern("2:4"), "layer"), codes)
+        assert torch.equal(decode_changes(stream, general, pattern, "layer"), codes)
 
 
 @pytest.mark.parametrize("pattern", ["1:2", "2:4", "8:16"])
 def test_no_bytes_crash_the_decoder_or_decode_to_what_is_written_otherwise(pattern):
     pattern, chance = NMPattern(pattern), random.Random(0)
-    general = torch.randint(0, pattern.num_candidates, (8, 30))
-    stream = bytes(encode_changes(with_changes(general, 0.1, pattern.num_candidates), general, pattern).tolist())
+    codes = torch.randint(0, pattern.num_candidates, (8, 30))
+    general = packed_bytes(codes, pattern)
+    changed = packed_bytes(with_changes(codes, 0.1, pattern.num_candidates), pattern)
+    stream = bytes(encode_changes(changed, general, pattern, "layer").tolist())
     refused = 0
     for _ in range(400):
         damaged = bytearray(stream)
@@ -153,7 +167,7 @@ def test_no_bytes_crash_the_decoder_or_decode_to_what_is_written_otherwise(patte
         except FormatError:
             refused += 1
             continue
-        lists = codes.flatten().tolist(), general.flatten().tolist()
+        lists = all_codes(codes, pattern), all_codes(general, pattern)
         assert encode_slowly(*lists, pattern.num_candidates, damaged[8]) == bytes(damaged)
     assert refused > 100
 
@@ -173,24 +187,29 @@ def test_no_bytes_crash_the_decoder_or_decode_to_what_is_written_otherwise(patte
     ],
 )
 def test_damaged_changes_are_refused_by_name(change, said):
-    general = torch.randint(0, 6, (8, 30))
-    stream = encode_changes(with_changes(general, 0.1, 6), general, NMPattern("2:4"))
+    pattern = NMPattern("2:4")
+    codes = torch.randint(0, 6, (8, 30))
+    general = packed_bytes(codes, pattern)
+    stream = encode_changes(packed_bytes(with_changes(codes, 0.1, 6), pattern), general, pattern, "q_proj")
     with pytest.raises(FormatError, match=f"q_proj: .*({said})"):
-        decode_changes(change(stream), general, NMPattern("2:4"), "q_proj")
+        decode_changes(change(stream), general, pattern, "q_proj")
 
 
 def test_a_gap_beyond_the_layer_and_a_digit_beyond_the_candidates_are_refused():
-    general = torch.zeros(4, 4, dtype=torch.int64)
-    stream = torch.tensor(list(encode_slowly([0] * 7 + [3] + [0] * 8, [0] * 16, 6, 5)), dtype=torch.uint8)
-    assert decode_changes(stream, general, NMPattern("2:4"), "layer").flatten()[7] == 3
+    pattern = NMPattern("2:4")
+    general = packed_bytes(
+        torch.zeros(4, 4, dtype=torch.int64), pattern
+    )  # two bytes a row, and so room for six groups
+    stream = torch.tensor(list(encode_slowly([0] * 7 + [3] + [0] * 16, [0] * 24, 6, 5)), dtype=torch.uint8)
+    assert all_codes(decode_changes(stream, general, pattern, "layer"), pattern)[7] == 3
     far = stream.clone()
-    far[9] = 16
-    with pytest.raises(FormatError, match="do not fit into the 16 groups"):
-        decode_changes(far, general, NMPattern("2:4"), "layer")
+    far[9] = 24
+    with pytest.raises(FormatError, match="do not fit into the 24 groups"):
+        decode_changes(far, general, pattern, "layer")
     digit = stream.clone()
     digit[10] = 5  # one digit of base 5
     with pytest.raises(FormatError, match="no writer sets"):
-        decode_changes(digit, general, NMPattern("2:4"), "layer")
+        decode_changes(digit, general, pattern, "layer")
 
 
 # --- size -----------------------------------------------------------------------------------------------------------
@@ -464,13 +483,13 @@ def test_a_valid_code_that_a_tail_may_not_use_is_refused_with_the_model(make_mas
     packed, pattern = nms.read_mask(general).layers[name].packed, NMPattern("2:3")
     slots = pattern.max_groups(packed.shape[1])
     codes = ops.unpack_codes(packed, pattern, slots * 3)
-    wrong = codes.clone()
-    wrong[5, 10] = 2
+    codes[5, 10] = 2
+    wrong = ops.pack_codes(codes, pattern, slots * 3)
 
     def change(tensors):
         key = f"base_model.model.{name}"
-        tensors[f"{key}.nmsparse_changes"] = encode_changes(wrong, codes, pattern)
-        tensors[f"{key}.nmsparse_digest"][0] = digest(ops.pack_codes(wrong, pattern, slots * 3))
+        tensors[f"{key}.nmsparse_changes"] = encode_changes(wrong, packed, pattern, name)
+        tensors[f"{key}.nmsparse_digest"][0] = digest(wrong)
 
     rewrite(folder, change)
     with pytest.raises(FormatError, match=f"{name}.*row 5"):

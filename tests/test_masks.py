@@ -171,6 +171,20 @@ def stranger(make_llama, tmp_path):
     return tmp_path / "stranger"
 
 
+def test_a_mask_loads_without_unpacking_its_codes(published, base_folder, tokens, monkeypatch):
+    """So the memory beside the model is that of the packed codes."""
+    folder, expected = published
+    unpacked = []
+    for name in ("unpack_codes", "codes_to_mask"):
+        real = getattr(ops, name)
+        monkeypatch.setattr(
+            ops, name, lambda *args, real=real, **kwargs: unpacked.append(args) or real(*args, **kwargs)
+        )
+    model = nms.load_mask(load_base(base_folder), folder)
+    assert not unpacked
+    assert torch.equal(model(tokens).logits, expected) and unpacked
+
+
 @pytest.mark.parametrize("door", [through_load_mask, through_peft, through_peft_low_memory, through_load_adapter])
 def test_the_wrong_base_is_refused_before_any_output(published, stranger, tokens, door):
     folder, _ = published

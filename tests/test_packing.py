@@ -63,6 +63,7 @@ def test_masks_codes_and_bytes_are_those_of_the_reference(build, pattern):
         assert torch.equal(ops.codes_to_mask(codes, pattern, columns), mask)
         assert torch.equal(ops.pack_codes(codes, pattern, columns), packed)
         assert torch.equal(ops.unpack_codes(packed, pattern, columns), codes)
+        ops.check_codes(packed, pattern, columns)
         holes = mask & (torch.rand(rows, columns) < 0.8)
         assert ops.count_groups(holes, pattern) == codec.count_groups(holes, pattern)
         assert ops.count_groups(~mask, pattern) == codec.count_groups(~mask, pattern)
@@ -142,6 +143,8 @@ def test_errors_are_those_of_the_reference(native):
     packed[2, 0] = 216
     with pytest.raises(FormatError, match=r"layer\.x: row 2"):
         ops.unpack_codes(packed, pattern, 16, name="layer.x")
+    with pytest.raises(FormatError, match=r"layer\.x: row \d"):
+        ops.check_codes(packed, pattern, 16, name="layer.x")
     assert torch.equal(
         ops.unpack_codes(packed, pattern, 16, check=False), codec.unpack_codes(packed, pattern, 16, check=False)
     )

@@ -82,6 +82,6 @@ def verify(
 def _check_fit(mask: PublishedMask, base: str) -> None:
     """Raise unless the mask was made for the weights of the base."""
     from ..adapter import base_weights
-    from ..hub import match_to_model
+    from ..hub import check_fit
 
-    match_to_model(mask, base_weights(load_model(base)))
+    check_fit(mask, base_weights(load_model(base)))

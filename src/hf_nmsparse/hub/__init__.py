@@ -4,7 +4,7 @@
 from .deploy import compress, decompress
 from .diff import Difference, MaskDiff, diff_masks
 from .mask_file import PublishedMask, mask_summary, read_mask
-from .masks import load_mask, match_to_model, save_mask
+from .masks import check_fit, load_mask, save_mask
 from .publish import push_folder, push_mask
 from .verify import VerifyReport, verify
 
@@ -13,12 +13,12 @@ __all__ = [
     "MaskDiff",
     "PublishedMask",
     "VerifyReport",
+    "check_fit",
     "compress",
     "decompress",
     "diff_masks",
     "load_mask",
     "mask_summary",
-    "match_to_model",
     "push_folder",
     "push_mask",
     "read_mask",

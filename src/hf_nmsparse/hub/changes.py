@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from .. import ops
 from ..errors import FormatError
@@ -14,24 +15,51 @@ _HEAD_BYTES = _COUNT_BYTES + 1
 _MAX_PARAMETER = 40  # more bits than any gap has
 
 
-def encode_changes(codes: torch.Tensor, general: torch.Tensor, pattern: NMPattern) -> torch.Tensor:
-    """What turns the codes of a general mask into those of another one.
+def differing_groups(
+    packed: torch.Tensor, general: torch.Tensor, pattern: NMPattern, name: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Where two masks of a layer differ. Only the runs of codes that do are unpacked.
+
+    Args:
+        packed (`torch.Tensor`), general (`torch.Tensor`): packed codes, uint8 of one shape `[out, bytes]`.
+        pattern (`NMPattern`), name (`str`): of the layer.
+
+    Returns:
+        places of the differing groups, ascending, among `out x pattern.max_groups(bytes)`; the codes of `packed` there, and
+        those of `general`: int64 `[count]` each.
+
+    Raises:
+        FormatError: if one of these runs holds no codes.
+    """
+    runs, others = _runs(packed, pattern), _runs(general, pattern)
+    differing = (runs != others).any(1).nonzero().flatten()
+    codes, old = (_codes(rows[differing], pattern, name) for rows in (runs, others))
+    where = codes != old
+    row, run = differing // _runs_of_row(packed, pattern), differing % _runs_of_row(packed, pattern)
+    first = row * pattern.max_groups(packed.shape[1]) + run * codes.shape[1]
+    places = first[:, None] + torch.arange(codes.shape[1])
+    return places[where], codes[where], old[where]
+
+
+def encode_changes(packed: torch.Tensor, general: torch.Tensor, pattern: NMPattern, name: str) -> torch.Tensor:
+    """What turns the packed codes of a general mask into those of another one.
 
     A changed group is told by its gap, the unchanged groups since the last changed one, and by the rank of its new code among
     the C - 1 others. A gap is Golomb-Rice coded (Rice 1979, JPL Publication 79-22): r low bits as they are, the rest in unary;
     the r that gives the fewest bytes is taken.
 
     Args:
-        codes (`torch.Tensor`), general (`torch.Tensor`): integers of one shape, each below C(m, n).
-        pattern (`NMPattern`): of both.
+        packed (`torch.Tensor`), general (`torch.Tensor`): uint8 of one shape `[out, bytes]`.
+        pattern (`NMPattern`), name (`str`): of the layer.
 
     Returns:
         uint8 `[bytes]`; of 9 bytes if nothing differs.
+
+    Raises:
+        FormatError: if one of the two holds bytes that are no codes, where they differ.
     """
-    codes, general = codes.flatten().long(), general.flatten().long()
-    places = (codes != general).nonzero().flatten()
+    places, new, old = differing_groups(packed, general, pattern, name)
     gaps = places.diff(prepend=places.new_full((1,), -1)) - 1
-    new, old = codes[places], general[places]
     ranks = new - (new > old).long()
     longest = int(gaps.max()) if len(gaps) else 0
     parameter = min(range(longest.bit_length() + 1), key=lambda r: _gap_bytes(gaps, r))
@@ -39,47 +67,73 @@ def encode_changes(codes: torch.Tensor, general: torch.Tensor, pattern: NMPatter
 
 
 def decode_changes(stream: torch.Tensor, general: torch.Tensor, pattern: NMPattern, name: str) -> torch.Tensor:
-    """The codes that `encode_changes` was given. Memory is bounded by the size of the general mask, whatever the bytes claim.
+    """The packed codes that `encode_changes` was given. Memory is bounded by the size of the general mask, whatever the bytes claim.
 
     Args:
         stream (`torch.Tensor`): uint8 `[bytes]`.
-        general (`torch.Tensor`): codes of the general mask, int64.
-        pattern (`NMPattern`): of both.
-        name (`str`): of the layer, for errors.
+        general (`torch.Tensor`): packed codes of the general mask, uint8 `[out, bytes]`.
+        pattern (`NMPattern`), name (`str`): of the layer.
 
     Returns:
-        int64, of the shape of `general`.
+        uint8, of the shape of `general`.
 
     Raises:
         FormatError: if no writer can have made these bytes for a mask of this size.
     """
     base = pattern.num_candidates - 1
-    old = general.flatten()
-    count, parameter = _head(stream, len(old), name)
+    groups = len(general) * pattern.max_groups(general.shape[1])
+    count, parameter = _head(stream, groups, name)
     low_bytes, rank_bytes = _bytes_of_bits(count * parameter), ops.packed_digit_bytes(count, base)
     fewest = _bytes_of_bits(count)  # of the unary plane: all gaps below 2^r
-    most = _bytes_of_bits(count + (len(old) >> parameter))
+    most = _bytes_of_bits(count + (groups >> parameter))
     planes = stream[_HEAD_BYTES:]
     if not fewest <= len(planes) - low_bytes - rank_bytes <= most:
         raise FormatError(
-            f"{name}: {len(stream)} bytes cannot hold {count} changed groups of {len(old)} (parameter {parameter}); the file "
+            f"{name}: {len(stream)} bytes cannot hold {count} changed groups of {groups} (parameter {parameter}); the file "
             "is damaged, fetch it again"
         )
     low, packed_ranks, unary = planes.tensor_split([low_bytes, low_bytes + rank_bytes])
     gaps = _gaps(low, unary, count, parameter)
     ranks = ops.unpack_digits(packed_ranks, base, count)
-    inside = gaps is not None and not bool((gaps >= len(old)).any())  # before they are added up, which might overflow
-    places = (gaps + 1).cumsum(0) - 1 if inside else old
-    if not inside or (count and int(places[-1]) >= len(old)):
+    inside = gaps is not None and not bool((gaps >= groups).any())  # before they are added up, which might overflow
+    places = (gaps + 1).cumsum(0) - 1 if inside else None
+    if not inside or (count and int(places[-1]) >= groups):
         raise FormatError(
-            f"{name}: the gaps of its {count} changed groups do not fit into the {len(old)} groups of the layer; the file is "
+            f"{name}: the gaps of its {count} changed groups do not fit into the {groups} groups of the layer; the file is "
             "damaged, fetch it again"
         )
     if not torch.equal(_stream(gaps, ranks, base, parameter), stream):
         raise FormatError(f"{name}: the changes hold a code or bits that no writer sets; the file is damaged")
-    codes = old.clone()
-    codes[places] = ranks + (ranks >= old[places]).long()
-    return codes.view_as(general)
+    return _changed(general, places, ranks, pattern, name)
+
+
+def _changed(
+    general: torch.Tensor, places: torch.Tensor, ranks: torch.Tensor, pattern: NMPattern, name: str
+) -> torch.Tensor:
+    """Packed codes with other codes at some places, whose runs only are unpacked."""
+    runs = _runs(general, pattern).clone()
+    length, slots = pattern.packing[0], pattern.max_groups(general.shape[1])
+    run = places // slots * _runs_of_row(general, pattern) + places % slots // length
+    touched, of_place = run.unique_consecutive(return_inverse=True)
+    codes, within = _codes(runs[touched], pattern, name), places % slots % length
+    codes[of_place, within] = ranks + (ranks >= codes[of_place, within]).long()
+    runs[touched] = ops.pack_codes(codes, pattern, length * pattern.m)
+    return runs.view(len(general), -1)[:, : general.shape[1]].contiguous()
+
+
+def _runs_of_row(packed: torch.Tensor, pattern: NMPattern) -> int:
+    return -(-packed.shape[1] // pattern.packing[1])
+
+
+def _runs(packed: torch.Tensor, pattern: NMPattern) -> torch.Tensor:
+    """The runs of b bytes that hold k codes each, uint8 `[out x runs, b]`; the last one of a row is filled up with zeros."""
+    size = pattern.packing[1]
+    return F.pad(packed, (0, -packed.shape[1] % size)).view(-1, size)
+
+
+def _codes(runs: torch.Tensor, pattern: NMPattern, name: str) -> torch.Tensor:
+    """int64 `[runs, k]`: the bytes of a run are those of a row of k groups."""
+    return ops.unpack_codes(runs, pattern, pattern.packing[0] * pattern.m, name)
 
 
 def changed_groups(stream: torch.Tensor) -> int:

@@ -16,7 +16,6 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from .. import ops
 from ..errors import ConfigError, FormatError
 from ..files import read_json, write_file
 from ..fingerprint import digest, to_hex
@@ -143,8 +142,7 @@ def as_delta(
         stored[f"{place}.nmsparse_digest"] = torch.stack([digest(packed), digest(other)])
         before += packed.numel()
         if not torch.equal(packed, other):
-            codes, old = (all_codes(value, pattern, name) for value in (packed, other))
-            stored[f"{place}.nmsparse_changes"] = encode_changes(codes, old, pattern)
+            stored[f"{place}.nmsparse_changes"] = encode_changes(packed, other, pattern, name)
             after += stored[f"{place}.nmsparse_changes"].numel()
     if after >= before:
         raise ConfigError(
@@ -197,8 +195,7 @@ def codes_of_delta(
     if changes is None:
         packed, changed = general, 0
     else:
-        codes = decode_changes(changes, all_codes(general, pattern, name), pattern, name)
-        packed = ops.pack_codes(codes, pattern, codes.shape[1] * pattern.m)
+        packed = decode_changes(changes, general, pattern, name)
         changed = changed_groups(changes)
     if not torch.equal(digest(packed), digests[0]):
         raise FormatError(
@@ -217,11 +214,6 @@ def check_delta_fits(names: set[str], pattern: NMPattern, general: PublishedMask
         _check_alike(names, pattern, general)
     except ConfigError as error:
         raise FormatError(f"{source}: {error}; pass the right general mask as general=") from error
-
-
-def all_codes(packed: torch.Tensor, pattern: NMPattern, name: str) -> torch.Tensor:
-    """All codes that rows of packed bytes can hold, int64 `[out, slots]`: those beyond the last group of a row are 0."""
-    return ops.unpack_codes(packed, pattern, pattern.max_groups(packed.shape[1]) * pattern.m, name=name)
 
 
 def _check_alike(names: set[str], pattern: NMPattern, general: PublishedMask) -> None:

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+from .. import ops
 from ..errors import ConfigError
 from ..pattern import NMPattern
-from .delta import all_codes
+from .changes import differing_groups
 from .mask_file import LayerMask, PublishedMask, read_mask
 
 
@@ -178,19 +179,22 @@ def _difference(name: str, a: LayerMask, b: LayerMask, pattern: NMPattern) -> Di
             f"{name}: one mask has packed codes {list(a.packed.shape)}, the other {list(b.packed.shape)}; they are for different "
             "models"
         )
-    codes = [all_codes(layer.packed, pattern, name) for layer in (a, b)]
-    groups = _groups(codes, pattern)
-    where = codes[0] != codes[1]
-    changed, total = int(where.sum()), len(codes[0]) * groups
+    groups = _groups([a.packed, b.packed], pattern)
+    places, new, old = differing_groups(a.packed, b.packed, pattern, name)
+    changed, total = len(places), len(a.packed) * groups
     candidates = pattern.candidates()
-    both = candidates[codes[0][where]] & candidates[codes[1][where]]
+    both = candidates[new] & candidates[old]
     return Difference(total, changed, total * pattern.n, (total - changed) * pattern.n + int(both.sum()))
 
 
-def _groups(codes: list[torch.Tensor], pattern: NMPattern) -> int:
+def _groups(masks: list[torch.Tensor], pattern: NMPattern) -> int:
     """Groups of a row. Its bytes leave some open, which are told by their zeros: unused places are 0 in all rows of all masks."""
-    slots = codes[0].shape[1]
-    while slots > 1 and not any(bool(rows[:, slots - 1].any()) for rows in codes):
+    width = masks[0].shape[1]
+    length, size = pattern.packing
+    slots, whole = pattern.max_groups(width), (width - 1) // size  # runs before the last one
+    last = torch.cat([packed[:, whole * size :] for packed in masks])
+    codes = ops.unpack_codes(last, pattern, (slots - whole * length) * pattern.m)
+    while slots > 1 and not bool(codes[:, slots - 1 - whole * length].any()):
         fewer = pattern.packed_row_bytes((slots - 1) * pattern.m)
         if fewer != pattern.packed_row_bytes(slots * pattern.m):
             break

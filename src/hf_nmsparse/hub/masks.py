@@ -220,18 +220,13 @@ def published_config(config: NMSparseConfig, linear: list[str], parameters: list
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------
-def match_to_model(
-    mask: PublishedMask, weights: Mapping[str, BaseWeight], allow_base_mismatch: bool = False
-) -> dict[str, torch.Tensor]:
-    """Codes of a mask for the layers of a model, after checking every one of them.
+def check_fit(mask: PublishedMask, weights: Mapping[str, BaseWeight], allow_base_mismatch: bool = False) -> None:
+    """Check every layer of a mask against the model it is for, one at a time.
 
     Args:
         mask (`PublishedMask`): the mask.
         weights (`Mapping[str, BaseWeight]`): weights of the model by layer name, as `base_weights(model)` gives them.
         allow_base_mismatch (`bool`): accept other base weights (logged).
-
-    Returns:
-        int64 codes `[out, groups]` by layer name.
 
     Raises:
         FormatError: if a layer is absent, of another shape, or its codes are impossible.
@@ -242,7 +237,7 @@ def match_to_model(
             f"{mask.source} holds masks for {len(absent)} layers that the model lacks, first {absent[:5]}; the model has "
             f"layers such as {sorted(weights)[:5]}"
         )
-    codes, strangers, unknown = {}, [], []
+    strangers, unknown = [], []
     for name, stored in mask.layers.items():
         base = weights[name]
         out_features, in_features = base.shape
@@ -250,7 +245,7 @@ def match_to_model(
             raise FormatError(
                 f"{name}: the mask has {stored.packed.shape[0]} rows, the layer {out_features}; it is for another model"
             )
-        codes[name] = ops.unpack_codes(stored.packed, mask.pattern, in_features, name=name)
+        ops.check_codes(stored.packed, mask.pattern, in_features, name)
         for container, shape in term_shapes(mask.config, out_features, in_features, base.num_experts).items():
             if tuple(stored.terms[container].shape) != shape:
                 raise FormatError(
@@ -282,7 +277,6 @@ def match_to_model(
                 + rounding_hint(next(iter(weights.values())).stored)
             )
         logger.warning("%s; loaded all the same because of allow_base_mismatch=True", message)
-    return codes
 
 
 def load_mask(
@@ -310,7 +304,7 @@ def load_mask(
         the model with the mask active.
 
     Raises:
-        FormatError, BaseModelMismatchError: see `read_mask` and `match_to_model`.
+        FormatError, BaseModelMismatchError: see `read_mask` and `check_fit`.
         ConfigError: if the adapter name is taken.
     """
     mask = read_mask(source, revision, task, general)
@@ -322,7 +316,7 @@ def load_mask(
         raise ConfigError(
             "a mask is merged into the weights, which are pruned now; unmerge it first (unmerge_adapter())"
         )
-    match_to_model(mask, base_weights(_plain(model)), allow_base_mismatch)
+    check_fit(mask, base_weights(_plain(model)), allow_base_mismatch)
     parameters = mask.config.target_parameters or []
     config = published_config(mask.config, sorted(set(mask.layers) - set(parameters)), parameters)
     if isinstance(model, PeftModel):

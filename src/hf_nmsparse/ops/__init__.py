@@ -39,6 +39,7 @@ from .linear24 import (
 )
 from .mask_sampling import hard_codes, mask_certainty, masked_weight, soft_mask
 from .packing import (
+    check_codes,
     codes_to_mask,
     complete_mask,
     count_groups,
@@ -88,6 +89,7 @@ __all__ = [
     "add_low_rank",
     "autocast",
     "block_masks",
+    "check_codes",
     "check_ids_24",
     "choose_for",
     "choose_kernel",

@@ -116,6 +116,11 @@ def unpack_codes(packed: torch.Tensor, pattern: NMPattern, in_features: int, che
     return None if refused else codes
 
 
+def holds_codes(packed: torch.Tensor, pattern: NMPattern, in_features: int) -> bool:
+    refused, _ = _run(pattern, (len(packed), in_features), packed=packed)
+    return not refused
+
+
 def _new_codes(like: torch.Tensor, shape: tuple[int, ...], pattern: NMPattern) -> torch.Tensor:
     return like.new_empty(shape[0], pattern.num_groups(shape[1]), dtype=torch.int64)
 

@@ -33,7 +33,7 @@ from ..criteria import (
 )
 from ..errors import ConfigError, UnsupportedError
 from ..hub.mask_file import read_mask
-from ..hub.masks import active_mask, match_to_model
+from ..hub.masks import active_mask, check_fit
 from ..pattern import NMPattern
 from ..relaxations import get_relaxation, strength_factors
 
@@ -85,25 +85,24 @@ def set_prior(
     if config.prior_confidence:
         _check_confident(prior)
     _check_renewable(prior, config)
+    pattern = NMPattern(config.pattern)
     report, factors, norms = None, {}, {}
     if isinstance(prior, Mapping):
-        masks, label = _given_masks(prior, layers), "given masks"
+        packed, label = _given_codes(prior, layers, pattern), "given masks"
     elif _is_criterion(prior):
         criterion = get_criterion(prior)
         asked = _asked(criterion, config)
-        masks, report = _criterion_masks(model, layers, asked, config.pattern, calibration, tokenizer, progress)
+        packed, report = _criterion_codes(model, layers, asked, pattern, calibration, tokenizer, progress)
         if isinstance(asked, _Confident):
             factors = asked.of_layers(layers)
         if isinstance(asked, _WithInputNorms):
             norms = asked.norms
         label = criterion.name
     else:
-        masks, label = _published_masks(prior, revision, task, layers, config.pattern), str(prior)
-    codes = {
-        name: ops.mask_to_codes(mask, layers[name].relaxations[adapter_name].pattern) for name, mask in masks.items()
-    }
+        packed, label = _published_codes(prior, revision, task, layers, pattern), str(prior)
     for name, layer in layers.items():
-        layer.set_prior_codes(adapter_name, codes[name], factors.get(name))
+        codes = ops.unpack_codes(packed[name], pattern, layer.in_features, name).to(layer.base_weight.stored.device)
+        layer.set_prior_codes(adapter_name, codes, factors.get(name))
         if adapter_name in layer.nmsparse_input_factors:
             layer.nmsparse_input_factors[adapter_name].copy_(norms.get(name, torch.ones(layer.in_features)))
     for layer in layers.values():  # one config object serves all layers, and another may serve the PeftModel
@@ -207,7 +206,14 @@ class _Confident(_Wrapped):
         return {name: torch.cat([self._factors[target.name] for target in of]) for name, of in targets.items()}
 
 
-def _given_masks(given: Mapping[str, torch.Tensor], layers: dict[str, NMSparseLayer]) -> dict[str, torch.Tensor]:
+# Packed codes of all layers are a small part of what their masks would take.
+def _packed(mask: torch.Tensor, pattern: NMPattern) -> torch.Tensor:
+    return ops.pack_codes(ops.mask_to_codes(mask, pattern), pattern, mask.shape[1])
+
+
+def _given_codes(
+    given: Mapping[str, torch.Tensor], layers: dict[str, NMSparseLayer], pattern: NMPattern
+) -> dict[str, torch.Tensor]:
     if missing := sorted(set(layers) - set(given)):
         raise ConfigError(f"no mask given for {len(missing)} layers, first {missing[:5]}")
     if surplus := sorted(set(given) - set(layers)):
@@ -218,34 +224,34 @@ def _given_masks(given: Mapping[str, torch.Tensor], layers: dict[str, NMSparseLa
         expected = (layer.out_features, layer.in_features)
         if tuple(given[name].shape) != expected:
             raise ConfigError(f"{name}: the mask has shape {list(given[name].shape)}, expected {list(expected)}")
-    return {name: given[name].to(layer.base_weight.stored.device) for name, layer in layers.items()}
+    return {name: _packed(given[name], pattern) for name in layers}
 
 
-def _published_masks(
+def _published_codes(
     source: str | os.PathLike,
     revision: str | None,
     task: str | None,
     layers: dict[str, NMSparseLayer],
-    pattern: str,
+    pattern: NMPattern,
 ) -> dict[str, torch.Tensor]:
     mask = read_mask(source, revision, task)
-    if mask.config.pattern != pattern:
-        raise ConfigError(f"{source} is a {mask.config.pattern} mask, the adapter's pattern is {pattern}")
+    if mask.pattern != pattern:
+        raise ConfigError(f"{source} is a {mask.pattern} mask, the adapter's pattern is {pattern}")
     if missing := sorted(set(layers) - set(mask.layers)):
         raise ConfigError(f"{source} has no mask for {len(missing)} layers of the adapter, first {missing[:5]}")
     if terms := sorted({container for stored in mask.layers.values() for container in stored.terms}):
         logger.warning("only the mask of %s becomes the prior; its %s are left", source, ", ".join(terms))
     # The mask may prune more layers than the adapter.
     used = replace(mask, layers={name: mask.layers[name] for name in layers})
-    codes = match_to_model(used, {name: layer.base_weight for name, layer in layers.items()})
-    return {name: ops.codes_to_mask(codes[name], mask.pattern, layer.in_features) for name, layer in layers.items()}
+    check_fit(used, {name: layer.base_weight for name, layer in layers.items()})
+    return {name: mask.layers[name].packed for name in layers}
 
 
-def _criterion_masks(
+def _criterion_codes(
     model: nn.Module,
     layers: dict[str, NMSparseLayer],
     criterion: Criterion,
-    pattern: str,
+    pattern: NMPattern,
     calibration: Any,
     tokenizer: Any,
     progress: bool,
@@ -254,10 +260,12 @@ def _criterion_masks(
     targets = [
         target
         for name, layer in layers.items()
-        for target in targets_of(name, layer, lambda choice, masks=parts[name]: masks.append(choice.mask))
+        for target in targets_of(
+            name, layer, lambda choice, parts=parts[name]: parts.append(_packed(choice.mask, pattern))
+        )
     ]
-    report = walk_dense(model, layers, targets, criterion, pattern, calibration, tokenizer, progress)
-    return {name: torch.cat(masks) for name, masks in parts.items()}, report
+    report = walk_dense(model, layers, targets, criterion, str(pattern), calibration, tokenizer, progress)
+    return {name: torch.cat(rows) for name, rows in parts.items()}, report
 
 
 def targets_of(name: str, layer: NMSparseLayer, install: Callable[[Choice], None]) -> list[Target]:
