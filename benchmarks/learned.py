@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mask_repos import CHANGED, file_bytes, write_masks
 from oneshot import needs_text
 from peft import get_peft_model
 from timing import write_results
@@ -101,7 +102,6 @@ LEARNED |= {
     ),
 }
 COMMON_CONFIG = {"temperature": (1.0, 0.05), "logit_scale": (100.0, 500.0), "prior_strength": 3.0}
-CHANGED = 0.05  # share of the groups that differ in the row "delta"
 ROWS = ("dense", *ONE_SHOT, *LEARNED, "delta")
 
 
@@ -335,18 +335,10 @@ def minutes_since(begun: float) -> float:
 
 def delta_bits(base: nn.Module, seed: int) -> float:
     """Bits a weight of the file of a mask, header included, that differs in `CHANGED` of its groups from a general one."""
-    model = get_peft_model(base, nms.NMSparseConfig())
-    generator, weights = torch.Generator().manual_seed(seed), 0
     with tempfile.TemporaryDirectory() as folder:
-        nms.save_mask(model, f"{folder}/general")
-        for layer in mask_layers(model).values():
-            codes = layer.mask_codes("default")
-            others = (codes + torch.randint(1, 6, codes.shape, generator=generator)) % 6
-            changed = torch.rand(codes.shape, generator=generator) < CHANGED
-            layer.set_prior_codes("default", torch.where(changed, others, codes))
-            weights += layer.in_features * layer.out_features
-        nms.save_mask(model, f"{folder}/task", delta_to=f"{folder}/general")
-        return round(8 * Path(folder, "task", "adapter_model.safetensors").stat().st_size / weights, 4)
+        general, task = Path(folder, "general"), Path(folder, "task")
+        weights = write_masks(base, general, task, seed)
+        return round(8 * file_bytes(task) / weights, 4)
 
 
 # --- comparisons ----------------------------------------------------------------------------------------------------

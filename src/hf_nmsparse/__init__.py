@@ -9,7 +9,7 @@ from typing import Any
 
 from . import adapter, packed
 from .adapter import NMSparseConfig, set_mask_step
-from .packed import PackedConfig, SparseLinear24, explain
+from .packed import PackedConfig, SparseLinear24, explain, switch_mask
 from .pattern import NMPattern
 
 __version__ = "0.1.0.dev0"
@@ -61,6 +61,7 @@ __all__ = [
     "SparseLinear24",
     "explain",
     "set_mask_step",
+    "switch_mask",
     *_LAZY,
 ]
 

@@ -8,6 +8,7 @@ from .modules import SparseLinear24
 from .pack_files import pack_files, packable_layers
 from .quantizer import PackedQuantizer, register
 from .stored_mask import StoredLayerMask, StoredMask
+from .switch import switch_mask
 
 __all__ = [
     "Explanation",
@@ -25,4 +26,5 @@ __all__ = [
     "packable_layers",
     "packed_sizes",
     "register",
+    "switch_mask",
 ]

@@ -120,7 +120,7 @@ def check_fits(mask: StoredMask, weights: Mapping[str, torch.Tensor]) -> None:
             raise FormatError(
                 f"{name}: the mask has {stored.packed.shape[0]} rows, the layer {out_features}; it is for another model"
             )
-        ops.unpack_codes(stored.packed, mask.pattern, in_features, name=name)
+        ops.check_codes(stored.packed, mask.pattern, in_features, name)
         if stored.branch is not None:
             check_branch(name, stored.branch, out_features, in_features)
         if stored.delta_a is not None:

@@ -71,8 +71,8 @@ def pack_masked(
     Raises:
         PatternError: if in_features is no multiple of 8, or a group keeps more than two.
     """
-    completed, _ = ops.complete_mask(keep, PATTERN)
-    kept, ids = ops.pack_24(weight.masked_fill(~keep, 0), completed)
+    completed, filled = ops.complete_mask(keep, PATTERN)
+    kept, ids = ops.pack_24(weight.masked_fill(~keep, 0) if filled else weight, completed)
     return _stored(kept, ids, values, input_scale)
 
 
