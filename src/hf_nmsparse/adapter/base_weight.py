@@ -82,9 +82,13 @@ class BaseWeight:
         if self.backend is not None:
             keep_quantised_layout(self.module)
             return self.backend.get_base_weight(self.module).detach()
+        return self.as_rows(self.stored)
+
+    def as_rows(self, stored: torch.Tensor) -> torch.Tensor:
+        """A tensor in the shape in which the module stores its weight as `[out, in]`; the inverse of `restore`."""
         if self.is_convolution:
-            return self.stored.permute(0, 2, 3, 1).flatten(1)
-        weight = self.stored.mT if self.transposed else self.stored
+            return stored.permute(0, 2, 3, 1).flatten(1)
+        weight = stored.mT if self.transposed else stored
         return weight.flatten(0, 1) if weight.dim() == 3 else weight
 
     def restore(self, weight: torch.Tensor) -> torch.Tensor:

@@ -92,6 +92,8 @@ def compress(
 ) -> None:
     """Pack a masked 2:4 model, or a base model under a mask: 0.5625 of the bytes of its pruned 16-bit layers.
 
+    Checkpoints that compressed-tensors stored as sparse-24-bitmask are taken too; their weights stay bit-equal.
+
     Terms beside the mask (SLoRB, low rank) stay beside the packed weights. Fused experts stay dense with zeros.
 
     --values int8 or int4 takes 0.32 or 0.195 of the bytes. With --calibration inputs are scaled so that rounding changes the
@@ -112,7 +114,7 @@ def compress(
         if calibration is None:
             _refuse_given(context, _OF_CALIBRATION, "--calibration")
         if mask is None:
-            _refuse_given(context, _OF_MASKS, "--mask")
+            refuse_mask_options(context)
         place = "cpu" if calibration is None else device
         if mask is None:
             loaded, tokenizer_source = load_any(model, dtype, place)
@@ -121,7 +123,7 @@ def compress(
             tokenizer_source = model
         if packed_sizes(loaded).layers:
             raise ConfigError(f"{model} is packed already")
-        results = _results(loaded, tokenizer_source, mask or model)
+        results = results_of(loaded, tokenizer_source, mask or model)
         tokens = None
         if calibration is not None:
             tokens = _windows(calibration, loaded, tokenizer_source, sequence_length, samples, seed)
@@ -145,6 +147,11 @@ def compress(
         answer.show(written_line(output))
 
 
+def refuse_mask_options(context: typer.Context) -> None:
+    """Refuse options of a mask where no --mask is given."""
+    _refuse_given(context, _OF_MASKS, "--mask")
+
+
 def _refuse_given(context: typer.Context, names: tuple[str, ...], needed: str) -> None:
     """Refuse options that were given but have no effect without another one."""
     for name in names:
@@ -154,7 +161,8 @@ def _refuse_given(context: typer.Context, names: tuple[str, ...], needed: str) -
             raise ConfigError(f"{option} has no effect without {needed}; add {needed}, or leave {option} out")
 
 
-def _results(model: nn.Module, base: str, source: str) -> RunResults:
+def results_of(model: nn.Module, base: str, source: str) -> RunResults:
+    """What is known of a masked model, or of a base under a mask, by the results that lie beside its source."""
     from ..adapter import mask_layers
 
     if mask_layers(model):

@@ -21,6 +21,7 @@ MASK_FOLDER = "mask"  # the mask of a pruned model, inside its folder
 _TELLING = (
     "*.safetensors",
     "*.safetensors.index.json",
+    "*.npz",
     "adapter_config.json",
     "config.json",
     "generation_config.json",
@@ -35,6 +36,8 @@ class Kind(str, Enum):
     CHECKPOINT = "training checkpoint"
     ADAPTER = "adapter of another method"
     PACKED = "packed model"
+    BITMASK = "sparse bitmask model of compressed-tensors"
+    NPZ = "masks in an .npz"
     MODEL = "model"
     RUN = "unfinished training run"
     NOTHING = "other files"
@@ -53,10 +56,16 @@ def kind_of(folder: Path) -> Kind:
         return Kind.MASK if adapter.get("mask_format") in ("packed", "delta") else Kind.CHECKPOINT
     model = read_json(folder / "config.json")
     if model is not None:
+        from ..hub.bitmask import compressed_format  # here: it is slow to import
+
+        if compressed_format(model):
+            return Kind.BITMASK
         quantization = model.get("quantization_config")
         packed = isinstance(quantization, dict) and quantization.get("quant_method") == "nmsparse"
         return Kind.PACKED if packed else Kind.MODEL
-    return Kind.RUN if checkpoints_in(folder) else Kind.NOTHING
+    if checkpoints_in(folder):
+        return Kind.RUN
+    return Kind.NPZ if any(folder.glob("*.npz")) else Kind.NOTHING
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -67,8 +76,8 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of the safetensors files of a folder."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    """Bytes of the weights or masks of a folder."""
+    return sum(path.stat().st_size for suffix in ("safetensors", "npz") for path in folder.glob(f"*.{suffix}"))
 
 
 def check_output(folder: Path, kind: Kind, overwrite: bool, inputs: Iterable[str] = ()) -> None:

@@ -44,6 +44,7 @@ def inspect(
             Kind.MASK: lambda folder: _mask(folder, path, revision, task),
             Kind.CHECKPOINT: _checkpoint,
             Kind.PACKED: _packed,
+            Kind.BITMASK: _bitmask,
             Kind.MODEL: _model,
             Kind.RUN: _run,
         }.get(kind)
@@ -161,6 +162,18 @@ def _packed(folder: Path) -> dict[str, Any]:
         "dense_bytes": dense,
         "ratio": packed / dense if dense else None,
         "bits_per_weight": 8 * packed / weights if weights else None,
+        "config": config["quantization_config"],
+    }
+
+
+def _bitmask(folder: Path) -> dict[str, Any]:
+    config = read_json(folder / "config.json") or {}
+    return {
+        "pattern": config["quantization_config"]["sparsity_config"].get("sparsity_structure"),
+        **_recorded(folder),
+        "architecture": (config.get("architectures") or [None])[0],
+        "layers": sorted(name.removesuffix(".bitmask") for name in _tensors(folder) if name.endswith(".bitmask")),
+        "file_bytes": folder_bytes(folder),
         "config": config["quantization_config"],
     }
 

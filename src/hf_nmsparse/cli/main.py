@@ -14,6 +14,8 @@ from .compress import compress
 from .demo import demo
 from .diff import diff
 from .eval import evaluate
+from .export import export
+from .import_mask import import_mask
 from .inspect import inspect
 from .merge import merge
 from .plan import plan
@@ -62,11 +64,13 @@ _add("prune", prune)
 _add("train", train, context_settings=TRAIN_CONTEXT)
 _add("merge", merge)
 _add("compress", compress)
+_add("export", export)
 _add("eval", evaluate)
 app.command("bench")(bench)
 _add("push", push)
 _add("pull", pull)
 _add("inspect", inspect)
+_add("import-mask", import_mask)
 _add("diff", diff)
 _add("verify", verify)
 

@@ -88,7 +88,7 @@ def load_model(
     device_map: dict[str, str] | None = None,
     offload_folder: Path | None = None,
 ) -> nn.Module:
-    """A causal language model, dense or packed, in eval mode.
+    """A causal language model, dense or packed, in eval mode; a bitmask of compressed-tensors becomes dense with zeros.
 
     Args:
         source (`str`): Hub id or folder.
@@ -100,7 +100,8 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     quiet_unless_watched()
-    _refuse_adapter(source)
+    if _refuse_adapter(source) is Kind.BITMASK:  # Transformers would give it random weights
+        return _load_bitmask(source, dtype, device, device_map)
     if device_map is not None:  # whoever asked for "disk" knows that parameters are offloaded
         logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
     with fetching(source):
@@ -128,11 +129,24 @@ def chosen_device(device: str | None) -> str:
     return device or ("cuda" if gpus else "cpu")
 
 
-def _refuse_adapter(source: str) -> None:
+def _refuse_adapter(source: str) -> Kind:
     """Transformers would load the adapter's base with the adapter on it, where a plain model is asked for."""
     kind = kind_of(locate(source))
     if kind in (Kind.MASK, Kind.CHECKPOINT, Kind.ADAPTER):
         raise ConfigError(f"{source} is no model ({kind.value}); name its base model here")
+    return kind
+
+
+def _load_bitmask(source: str, dtype: Dtype, device: str | None, device_map: dict[str, str] | None) -> nn.Module:
+    from ..hub import load_bitmask
+
+    if device_map is not None and "disk" in device_map.values():
+        raise ConfigError(
+            f"{source} is stored as a bitmask, which cannot be read from disk part by part; write it as a plain model first "
+            "(nmsparse export --format dense)"
+        )
+    with fetching(source):
+        return load_bitmask(source, dtype=dtype.value, device=chosen_device(device))
 
 
 def put_mask(

@@ -34,7 +34,7 @@ def write_model(
 
     with output_folder(output) as staging:
         model.save_pretrained(staging, max_shard_size=_SHARD)
-        _finish(staging, tokenizer_source, results, packed_sizes(model) if packed else None)
+        finish(staging, tokenizer_source, results, packed_sizes(model) if packed else None)
     return _facts(output)
 
 
@@ -61,7 +61,7 @@ def write_pruned(
     mask: dict[str, Any] = {}
     with output_folder(output) as staging:
         if report.codes:
-            mask = _write_mask(model, staging / MASK_FOLDER, results, report)
+            mask = write_mask(model, staging / MASK_FOLDER, results, report)
         sizes = None
         if packed:
             _save(model, scratch)
@@ -69,13 +69,13 @@ def write_pruned(
             sizes = pack_files(scratch, staging, model, _weight_names(results), codes)
         else:
             _save(model, staging)
-        _finish(staging, tokenizer_source, results, sizes)
+        finish(staging, tokenizer_source, results, sizes)
     if mask:
         mask["mask"] = str(output / MASK_FOLDER)
     return _facts(output) | mask
 
 
-def _write_mask(model: nn.Module, folder: Path, results: RunResults, report: PruneReport) -> dict[str, Any]:
+def write_mask(model: nn.Module, folder: Path, results: RunResults, report: PruneReport) -> dict[str, Any]:
     """The mask with its own card and results; `results` of the model get its size too."""
     from ..hub import save_mask
     from ..hub.card import write_card
@@ -114,7 +114,7 @@ def _save(model: nn.Module, folder: Path) -> None:
         model.save_pretrained(folder, max_shard_size=_SHARD)
 
 
-def _finish(staging: Path, tokenizer_source: str, results: RunResults, packed: PackedSizes | None) -> None:
+def finish(staging: Path, tokenizer_source: str, results: RunResults, packed: PackedSizes | None) -> None:
     """Everything beside the weights."""
     from ..hub.card import write_card
 

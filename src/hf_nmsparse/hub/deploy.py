@@ -22,6 +22,7 @@ from ..adapter import NMSparseLayer, NMSparseLinear, mask_layers
 from ..criteria import Target, in_place, search_input_scales
 from ..errors import ConfigError, PatternError, UnsupportedError
 from ..pattern import NMPattern
+from .semi_structured import plain_weights
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ def compress(
         model (`PeftModel`, a model with a mask adapter, or a masked plain model): with an adapter, its active masks
             decide what is kept, and terms beside them (SLoRB, low rank) stay live beside the packed weight; else
             `masks`, else the zeros of the weights (groups with fewer than two non-zeros are completed, lowest index
-            first).
+            first). Those of a plain model may be `torch.sparse.SparseSemiStructuredTensor`s.
         masks (`Mapping[str, torch.Tensor]`, *optional*): bool `[out, in]` by module name, for a plain model.
         memory (`str`, *optional*): "fast" or "low", see `SparseLinear24`.
         values (`str`, defaults to `"dense"`): "int8" or "int4" round kept weights to the nearest, with a scale for each 128
@@ -64,11 +65,12 @@ def compress(
     search = partial(search_input_scales, kind=values, calibration=calibration, tokenizer=tokenizer, progress=progress)
     layers = mask_layers(model)
     if not layers:
-        scales = None if calibration is None else _scales_of_plain(model, masks, values, search)
-        return packed.compress(model, masks, memory, values=values, input_scales=scales)
+        with plain_weights(model):
+            scales = None if calibration is None else _scales_of_plain(model, masks, values, search)
+            return packed.compress(model, masks, memory, values=values, input_scales=scales)
     if masks is not None:
         raise ConfigError("the model carries mask adapters, whose masks are used; do not pass masks as well")
-    _refuse_stacked(model)
+    refuse_stacked(model)
     active = {name: layer for name, layer in layers.items() if layer.adapters_in_use()}
     linear = {name: layer for name, layer in active.items() if isinstance(layer, NMSparseLinear)}
     if not active:
@@ -80,7 +82,7 @@ def compress(
         )
     kept = {name: _checked_mask(name, layer) for name, layer in linear.items()}
     branches = {name: branch for name, layer in linear.items() if (branch := _detached_branch(layer)) is not None}
-    with _base_layers_in_place(model, linear) as plain:
+    with base_layers_in_place(model, linear) as plain:
         packable = packed.check_compress(plain, kept, branches, values)
     scales = None
     if calibration is not None:
@@ -88,7 +90,7 @@ def compress(
         scales = search(plain, [_observed(name, linear[name]) for name in packable])
     if others := sorted(set(active) - set(linear)):
         logger.warning("%d expert or convolution weights stay dense with zeros, first %s", len(others), others[0])
-    plain = _unload_masked(model, active)
+    plain = unload_masked(model, active)
     return packed.compress(plain, kept, memory, branches, values=values, input_scales=scales)
 
 
@@ -104,7 +106,7 @@ def _scales_of_plain(
     search: Callable[..., dict[str, torch.Tensor]],
 ) -> dict[str, torch.Tensor]:
     """Input scales of the layers of a model without adapters."""
-    _refuse_stacked(model)
+    refuse_stacked(model)
     packable = packed.check_compress(model, masks, values=values)
     modules = {name: model.get_submodule(name) for name in (packable if masks is None else masks)}
     targets = [
@@ -148,7 +150,7 @@ def _detached_branch(layer: NMSparseLayer) -> ops.SideBranch | None:
 
 
 @contextlib.contextmanager
-def _base_layers_in_place(model: nn.Module, layers: Mapping[str, NMSparseLayer]) -> Iterator[nn.Module]:
+def base_layers_in_place(model: nn.Module, layers: Mapping[str, NMSparseLayer]) -> Iterator[nn.Module]:
     """The plain model, for the time of the context with its linear layers in the place of the mask layers."""
     plain = model.get_base_model() if isinstance(model, PeftModel) else model
     try:
@@ -160,13 +162,13 @@ def _base_layers_in_place(model: nn.Module, layers: Mapping[str, NMSparseLayer])
             plain.set_submodule(name, layer)
 
 
-def _unload_masked(model: nn.Module, layers: Mapping[str, NMSparseLayer]) -> nn.Module:
-    """The plain model with every weight masked; side branches are left out."""
+def unload_masked(model: nn.Module, layers: Mapping[str, NMSparseLayer], with_side_branch: bool = False) -> nn.Module:
+    """The plain model with every weight masked; side branches are left out, or added to the weights, dense then."""
     for layer in layers.values():
         names = layer.adapters_in_use()
         if layer.merged:  # with its side branch, maybe
             layer.unmerge()
-        layer.merge(adapter_names=names, with_side_branch=False)
+        layer.merge(adapter_names=names, with_side_branch=with_side_branch)
     if isinstance(model, PeftModel):
         with warnings.catch_warnings():  # that all is merged already, and dense
             warnings.simplefilter("ignore")
@@ -179,7 +181,8 @@ def _unload_masked(model: nn.Module, layers: Mapping[str, NMSparseLayer]) -> nn.
     return model
 
 
-def _refuse_stacked(model: nn.Module) -> None:
+def refuse_stacked(model: nn.Module) -> None:
+    """Refuse adapters of other methods, which would be lost."""
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer) and not isinstance(module, NMSparseLayer):
             if name.endswith(".token_adapter"):

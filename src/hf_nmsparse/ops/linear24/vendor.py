@@ -47,6 +47,13 @@ def cutlass_metadata(ids: torch.Tensor) -> torch.Tensor:
     return parts.permute(4, 0, 3, 1, 5, 2).reshape(rows, -1)
 
 
+def ids_of_metadata(metadata: torch.Tensor) -> torch.Tensor:
+    """The inverse of `cutlass_metadata`: int16 `[out, in/16]` -> uint8 `[out, in/8]`."""
+    rows = metadata.shape[0]
+    parts = metadata.contiguous().view(-1, rows // 32, 8, 2, 2, 2)
+    return parts.permute(1, 3, 5, 2, 0, 4).reshape(rows, -1).view(torch.uint8)
+
+
 def _run_cutlass(x: torch.Tensor, weight: Weight24, bias: torch.Tensor | None) -> torch.Tensor:
     values, metadata, padded = weight.values.contiguous(), cutlass_metadata(weight.ids), _padded(x)
     if bias is None:
