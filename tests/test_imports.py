@@ -29,6 +29,7 @@ RULES: dict[str, set[str]] = {
     "evaluation": FOUNDATION,
     "report": FOUNDATION,
     "hub": FOUNDATION | {"ops", "relaxations", "criteria", "adapter", "packed"},
+    "vllm_plugin": {"errors", "ops", "packed"},
     "training": FOUNDATION | {"ops", "relaxations", "criteria", "adapter", "packed", "hub"},
 }
 

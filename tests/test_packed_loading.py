@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from accelerate import init_empty_weights, load_checkpoint_and_dispatch
+from peft import get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tests_support import assert_equal_but_for_rounding
@@ -27,6 +28,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import auto
 
+import hf_nmsparse as nms
 from hf_nmsparse import ops
 from hf_nmsparse.errors import ConfigError, FormatError, UnsupportedError
 from hf_nmsparse.fingerprint import digest, to_hex
@@ -519,3 +521,33 @@ def test_trainer_fine_tunes_a_loaded_packed_model(packed_folder, tmp_path):
     for name, tensor in tuned.state_dict().items():
         assert torch.equal(before[name], tensor) == name.endswith("weight_idx"), name
     assert torch.equal(logits(tuned), logits(model.eval()))
+
+
+def test_without_the_import_neither_a_packed_model_nor_a_mask_loads_silently(make_llama, tmp_path):
+    """What someone sees who forgets it: an error that names the method, never random weights."""
+    base = make_llama()
+    base.save_pretrained(tmp_path / "base")
+    mask = nms.save_mask(get_peft_model(make_llama(), nms.NMSparseConfig()), tmp_path / "mask")
+    nms.prune(base, "magnitude", progress=False)
+    nms.compress(base).save_pretrained(tmp_path / "packed")
+    program = """
+import sys
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+base, packed, mask = sys.argv[1:]
+for load in (
+    lambda: AutoModelForCausalLM.from_pretrained(packed),
+    lambda: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), mask),
+):
+    try:
+        load()
+    except (RuntimeError, KeyError, ValueError) as error:
+        print("refused", type(error).__name__, str(error)[:200].replace(chr(10), " "))
+print("hf_nmsparse" in sys.modules)
+"""
+    folders = [str(folder) for folder in (tmp_path / "base", tmp_path / "packed", mask)]
+    run = subprocess.run([sys.executable, "-c", program, *folders], capture_output=True, text=True, check=True)
+    first, second, imported = run.stdout.splitlines()
+    assert imported == "False"
+    assert first.startswith("refused RuntimeError") and "Unknown quantization type, got nmsparse" in run.stderr
+    assert second.startswith("refused") and "NMSPARSE" in second
