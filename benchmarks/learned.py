@@ -92,13 +92,19 @@ LEARNED = {
         config={"low_rank": 16}, trainer={"distillation": nms.Distillation()}, versus="learned, distilled"
     ),
 }
-WEIGHTS = {"learning_rate": 1e-4, "trainer": {"distillation": nms.Distillation()}, "versus": "learned, distilled"}
+WEIGHTS = {"learning_rate": 1e-4, "trainer": {"distillation": nms.Distillation()}}
 LEARNED |= {
-    "ast (wanda), distilled": Recipe("wanda", config={"relaxation": "ast"}, **WEIGHTS),
-    "ast (wanda), distilled, SLoRB": Recipe("wanda", config={"relaxation": "ast", "slorb_block": 16}, **WEIGHTS),
-    "weights under polish, distilled": Recipe(config={"relaxation": "ast", "mask_interval": None}, **WEIGHTS),
+    "ast (wanda), distilled": Recipe("wanda", config={"relaxation": "ast"}, versus="learned, distilled", **WEIGHTS),
+    "ast (wanda), distilled, SLoRB": Recipe(
+        "wanda", config={"relaxation": "ast", "slorb_block": 16}, versus="ast (wanda), distilled", **WEIGHTS
+    ),
+    "weights under polish, distilled": Recipe(
+        config={"relaxation": "ast", "mask_interval": None}, versus="learned, distilled", **WEIGHTS
+    ),
     "weights under polish, distilled, SLoRB": Recipe(
-        config={"relaxation": "ast", "mask_interval": None, "slorb_block": 16}, **WEIGHTS
+        config={"relaxation": "ast", "mask_interval": None, "slorb_block": 16},
+        versus="weights under polish, distilled",
+        **WEIGHTS,
     ),
 }
 COMMON_CONFIG = {"temperature": (1.0, 0.05), "logit_scale": (100.0, 500.0), "prior_strength": 3.0}

@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 import secrets
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -37,6 +38,10 @@ class Refusal(Exception):
         super().__init__(message)
         self.status = status
         self.headers = {"X-Error-Message": message, **({"X-Error-Code": code} if code else {}), **headers}
+
+
+class Dropped(Exception):
+    """The connection ends without an answer."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,7 @@ class Repo:
 
 @dataclass
 class LocalHub:
-    """The state behind the server. `intercept(method, path)` runs before each request and may raise a `Refusal`."""
+    """The state behind the server. `intercept(method, path)` runs before each request and may raise a `Refusal` or `Dropped`."""
 
     endpoint: str = ""
     tokens: dict[str, str] = field(default_factory=lambda: {OWNER_TOKEN: OWNER, GUEST_TOKEN: GUEST})
@@ -137,6 +142,9 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(404, f"no route for {method} {url.path}")
         except Refusal as refusal:
             self.send({"error": str(refusal)}, refusal.status, refusal.headers)
+        except Dropped:
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = answer
 

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pushing to and pulling from a Hub on localhost: one commit or none, clear refusals, and everything loads by its id."""
 
+import errno
 import logging
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from command_line import facts, run
 from huggingface_hub import HfApi, constants
-from local_hub import GUEST_TOKEN, File, Refusal, as_the_hub
+from local_hub import GUEST_TOKEN, Dropped, File, Refusal, as_the_hub
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -239,6 +241,72 @@ def test_a_push_that_fails_in_the_middle_changes_nothing_and_can_be_repeated(
     nms.push_mask(model, MASK)
     assert repo.history() == [*history, "Publish 2:4 mask"]
     assert torch.equal(load(base_folder, MASK)(tokens).logits, model(tokens).logits)
+
+
+@pytest.mark.parametrize(
+    ("place", "failure", "said"),
+    [
+        ("POST /api/models/user/mask/commit/", Refusal(401, "revoked"), "the token is missing or not valid"),
+        ("PUT /objects/", Dropped(), "could not push to user/mask: .*(disconnected|connection)"),
+        ("POST /api/models/user/mask/commit/", Dropped(), "could not push to user/mask: .*(disconnected|connection)"),
+    ],
+)
+def test_a_token_revoked_or_a_connection_dropped_on_the_way_changes_nothing(
+    local_hub, make_masked, monkeypatch, place, failure, said
+):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # huggingface_hub waits before it tries again
+    nms.push_mask(make_masked(1), MASK)
+    repo = local_hub.repos[MASK]
+    before, history = repo.files(), repo.history()
+
+    def failing(method, path):
+        if f"{method} {path}".startswith(place):
+            raise failure
+
+    local_hub.intercept = failing
+    with pytest.raises(HubError, match=said):
+        nms.push_mask(make_masked(2), MASK)
+    assert (repo.files(), repo.history()) == (before, history)
+    local_hub.intercept = None
+    nms.push_mask(make_masked(2), MASK)
+    assert repo.history() == [*history, "Publish 2:4 mask"]
+
+
+def test_a_connection_that_drops_while_fetching_is_one_error_and_the_next_try_succeeds(
+    local_hub, make_masked, monkeypatch
+):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    nms.push_mask(make_masked(), MASK)
+
+    def dropping(method, path):
+        if path.endswith("adapter_model.safetensors") or path.startswith("/objects/"):
+            raise Dropped
+
+    local_hub.intercept = dropping
+    with pytest.raises(HubError, match="could not fetch user/mask"):
+        nms.read_mask(MASK)
+    local_hub.intercept = None
+    assert nms.read_mask(MASK).layers
+
+
+def test_a_full_disk_while_pulling_leaves_what_was_there(local_hub, make_masked, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    nms.push_mask(make_masked(1), MASK)
+    run("pull user/mask --output mask")
+    before = {path.name: path.read_bytes() for path in Path("mask").iterdir()}
+    nms.push_mask(make_masked(2), MASK)
+    real = shutil.copyfile
+
+    def full(source, target):
+        if Path(target).name == "adapter_model.safetensors":
+            Path(target).write_bytes(Path(source).read_bytes()[:100])
+            raise OSError(errno.ENOSPC, "No space left on device", str(target))
+        return real(source, target)
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    assert "No space left on device" in run("pull user/mask --output mask", 2).stderr
+    assert names_in(tmp_path) == ["mask"]
+    assert {path.name: path.read_bytes() for path in Path("mask").iterdir()} == before
 
 
 def test_a_concurrent_push_is_refused(local_hub, make_masked):
