@@ -14,6 +14,7 @@ import pytest
 import torch
 from command_line import facts, run
 from families import FAMILIES
+from huggingface_hub import ModelCard
 from local_hub import as_the_hub
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -88,6 +89,40 @@ def test_prune_verify_eval(there):
     results = RunResults.read("pruned/results.json")
     assert (results.method, results.pattern, results.base_model) == ("wanda", "2:4", "base")
     assert len(results.sparse_layers) == 14 and results.dense_layers == ["lm_head"]
+
+
+@pytest.mark.parametrize("kind", ["mask", "packed", "pruned"])
+def test_eval_records_each_text_beside_the_dense_model_in_results_and_card(there, kind):
+    run("prune base --criterion magnitude --output pruned")
+    run("compress pruned --output packed")
+    folder = {"mask": "pruned/mask"}.get(kind, kind)
+    shutil.copy("test.txt", "law.txt")
+    dense = facts(f"eval base --text test.txt {SHORT}")["perplexity"]
+    for text in ("test.txt", "law.txt", "test.txt"):  # the second time it takes the place of the first
+        found = facts(f"eval {folder} --text {text} {SHORT} --record")
+    assert found["dense"] == pytest.approx(dense, rel=1e-6) and found["recorded"] == folder
+    evaluations = RunResults.read(f"{folder}/results.json").evaluations
+    assert [entry["text"] for entry in evaluations] == ["law.txt", "test.txt"]
+    assert evaluations[1]["this"] == pytest.approx(found["perplexity"]) and evaluations[1]["dense"] == found["dense"]
+    card = ModelCard.load(f"{folder}/README.md")
+    assert {result.dataset_name: result.metric_value for result in card.data.eval_results} == {
+        entry["text"]: entry["this"] for entry in evaluations
+    }
+    assert "| law.txt |" in card.text and "Evaluated on law.txt, test.txt only" in card.text
+    assert nms.verify(folder).ok
+
+
+def test_record_needs_a_folder_with_results_and_then_changes_nothing(there):
+    run("prune base --criterion magnitude --output pruned")
+    before = {path.name: path.read_bytes() for path in Path("pruned").iterdir() if path.is_file()}
+    for line, said in (
+        ("base", "has none; prune, train"),
+        ("user/mask", "is none; pull it first"),
+        ("base --mask pruned/mask", "name the mask itself"),
+    ):
+        assert said in " ".join(run(f"eval {line} --text test.txt {SHORT} --record", 2).stderr.split())
+    run("eval pruned --text nothing.txt --record", 2)
+    assert {path.name: path.read_bytes() for path in Path("pruned").iterdir() if path.is_file()} == before
 
 
 def test_prune_packed(there):

@@ -50,6 +50,8 @@ class RunResults:
         perplexity (`dict[str, float]`): row ("dense", "magnitude", ..., "learned") -> held-out token perplexity.
         perplexity_tokens (`int`, *optional*): tokens scored for each row.
         perplexity_sequence_length (`int`, *optional*): window length.
+        evaluations (`list[dict]`): what `nmsparse eval --record` measured on other texts, each beside the dense model in the same
+            run ("text", "dense", "this", "standard_error" of the loss, "tokens", "sequence_length").
         mask_bits_per_weight (`float`, *optional*): size of the mask file in bits over pruned weights.
         mask_bits_bound (`float`, *optional*): log2 C(m, n) / m.
         values (`str`, *optional*): "int8" or "int4", where the packed values are rounded to such numbers.
@@ -84,6 +86,7 @@ class RunResults:
     perplexity: dict[str, float] = field(default_factory=dict)
     perplexity_tokens: int | None = None
     perplexity_sequence_length: int | None = None
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
     mask_bits_per_weight: float | None = None
     mask_bits_bound: float | None = None
     values: str | None = None

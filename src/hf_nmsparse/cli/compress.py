@@ -190,6 +190,7 @@ def _note_values(results: RunResults, values: Values) -> None:
         return
     results.values = values.value
     results.perplexity = {name: value for name, value in results.perplexity.items() if name == "dense"}
+    results.evaluations = []
     results.sample = results.reload_bit_equal = None
     results.speed = []
 

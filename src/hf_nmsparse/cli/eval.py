@@ -4,12 +4,17 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import ConfigError
-from .common import facts_table, verb
+from .common import command_line, facts_table, verb
+from .folders import RESULTS_FILE, Kind, kind_of
 from .models import load_any, load_model, load_tokenizer, put_mask, stream, window_length
 from .options import (
     TEXT_HELP,
@@ -25,10 +30,25 @@ from .options import (
     TaskOption,
 )
 
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..evaluation import Perplexity
+    from ..results import RunResults
+
 TextOption = Annotated[str, typer.Option("--text", metavar="TEXT", help=TEXT_HELP)]
 SplitOption = Annotated[str, typer.Option("--split", help="Split of a dataset.")]
 MaxTokensOption = Annotated[int | None, typer.Option("--max-tokens", min=2, help="Use only the first N tokens.")]
 BatchOption = Annotated[int | None, typer.Option("--batch-size", min=1, help="Windows a forward pass.")]
+RecordOption = Annotated[
+    bool,
+    typer.Option(
+        "--record",
+        help="Measure the dense base too, and write both into results.json and the card of the local folder MODEL.",
+    ),
+]
+
+_CARDS = {Kind.MASK: "mask", Kind.PACKED: "packed", Kind.MODEL: "masked"}
 
 
 def evaluate(
@@ -44,6 +64,7 @@ def evaluate(
     allow_base_mismatch: MismatchOption = False,
     dtype: DtypeOption = Dtype.AUTO,
     device: DeviceOption = None,
+    record: RecordOption = False,
     json_output: JsonOption = False,
 ) -> None:
     """Measure token perplexity of a model, a model under a mask, a mask (on the base it names) or a packed model.
@@ -51,10 +72,13 @@ def evaluate(
     The protocol of the pruning papers: documents joined by a blank line, windows without overlap.
 
     Example: nmsparse eval my-packed-model --text Salesforce/wikitext:wikitext-2-raw-v1
+
+    Example: nmsparse eval my-mask --text law.txt --record
     """
     with verb(json_output) as answer:
         from ..evaluation import perplexity
 
+        results = _recorded(model, mask) if record else None
         if mask is None:
             loaded, tokenizer_source = load_any(model, dtype, device)
         else:
@@ -64,7 +88,8 @@ def evaluate(
         length = window_length(loaded, sequence_length)
         if len(tokens) < length:
             raise ConfigError(f"{text}: {len(tokens)} tokens, one window takes {length}; lower --sequence-length")
-        found = perplexity(loaded, tokens, seq_len=length, batch_size=batch_size, progress=True)
+        measure = partial(perplexity, tokens=tokens, seq_len=length, batch_size=batch_size, progress=True)
+        found = measure(loaded)
         facts = dataclasses.asdict(found)
         del facts["window_losses"]  # of long texts, thousands
         answer.facts = {"model": model, "mask": mask, "text": text, "perplexity": facts.pop("value"), **facts}
@@ -78,3 +103,66 @@ def evaluate(
                 },
             )
         )
+        if results is not None:
+            dense = _of_dense(loaded, results, measure, dtype, device)
+            _record(Path(model), results, text, found, dense)
+            answer.facts |= {"dense": dense.value, "recorded": model}
+            answer.show(f"dense: {dense.value:.3f}; recorded in {model} ({RESULTS_FILE}, README.md)")
+
+
+# --- what is recorded -----------------------------------------------------------------------------------------------
+def _recorded(model: str, mask: str | None) -> RunResults:
+    """The results beside a model or mask.
+
+    Raises:
+        ConfigError: if it is not a local folder that holds some.
+    """
+    from ..results import RunResults
+
+    folder = Path(model)
+    if mask is not None:
+        raise ConfigError("--record writes beside what it evaluates: name the mask itself, without --mask")
+    if not folder.is_dir():
+        raise ConfigError(f"--record writes into a local folder, and {model} is none; pull it first (nmsparse pull)")
+    if kind_of(folder) not in _CARDS or not (folder / RESULTS_FILE).is_file():
+        raise ConfigError(
+            f"--record adds to the {RESULTS_FILE} of a mask, masked or packed model, and {model} has none; prune, train, merge, "
+            "compress and import-mask write it"
+        )
+    return RunResults.read(folder / RESULTS_FILE)
+
+
+def _of_dense(
+    loaded: nn.Module,
+    results: RunResults,
+    measure: Callable[[nn.Module], Perplexity],
+    dtype: Dtype,
+    device: str | None,
+) -> Perplexity:
+    """The dense base on the same text."""
+    from peft import PeftModel
+
+    if isinstance(loaded, PeftModel):
+        with loaded.disable_adapter():
+            return measure(loaded)
+    if results.base_model is None:
+        raise ConfigError(f"{RESULTS_FILE} does not name the base model, so there is nothing to compare with")
+    return measure(load_model(results.base_model, dtype, device))
+
+
+def _record(folder: Path, results: RunResults, text: str, found: Perplexity, dense: Perplexity) -> None:
+    from ..hub.card import write_card
+
+    entry = {
+        "text": Path(text).name if Path(text).exists() else text,
+        "dense": dense.value,
+        "this": found.value,
+        "standard_error": found.standard_error if math.isfinite(found.standard_error) else None,
+        "tokens": found.tokens,
+        "sequence_length": found.seq_len,
+    }
+    others = [other for other in results.evaluations if other.get("text") != entry["text"]]
+    results.evaluations = [*others, entry]
+    results.command = "\n".join(filter(None, (results.command, command_line())))
+    results.write(folder / RESULTS_FILE)
+    write_card(folder, results, _CARDS[kind_of(folder)])

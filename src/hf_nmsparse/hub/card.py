@@ -108,7 +108,7 @@ def _metadata(
     tags = ["nmsparse", "mask" if kind == "mask" else None, str(pattern) if nm else None, "sparsity", "pruned"]
     if not results.pattern or nm:
         tags.append("semi-structured-sparsity")
-    evaluation = _evaluation(results, kind)
+    evaluations = _evaluations(results, kind)
     languages = [language] if isinstance(language, str) else [*(language or ())]
     return ModelCardData(
         base_model=base,
@@ -118,28 +118,40 @@ def _metadata(
         tags=[tag for tag in tags if tag],
         license=one_line(license) if license else None,
         language=[one_line(code) for code in languages] or None,
-        metrics=["perplexity"] if evaluation else None,
-        eval_results=[evaluation] if evaluation else None,
-        model_name=_model_name(results, kind, repo_id) if evaluation else None,
+        metrics=["perplexity"] if evaluations else None,
+        eval_results=evaluations or None,
+        model_name=_model_name(results, kind, repo_id) if evaluations else None,
     )
 
 
-def _evaluation(results: RunResults, kind: Kind) -> EvalResult | None:
-    """The perplexity of what the repository holds; `None` when the results do not say which row that is."""
+def _evaluations(results: RunResults, kind: Kind) -> list[EvalResult]:
+    """The perplexities of what the repository holds, as far as the results say which those are."""
+    found = {one_line(entry.get("text")): entry.get("this") for entry in results.evaluations}
+    own = _own_perplexity(results, kind)
+    if own is not None:
+        found = {one_line(results.data.get("evaluation") or "held-out text"): own} | found
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="text",
+            dataset_name=text,
+            dataset_config=text,  # by which the Hub tells texts apart, and not by their names
+            metric_type="perplexity",
+            metric_name="held-out token perplexity",
+            metric_value=value,
+        )
+        for text, value in found.items()
+        if is_finite(value)
+    ]
+
+
+def _own_perplexity(results: RunResults, kind: Kind) -> float | None:
+    """`None` when the results do not say which row is that of the repository."""
     rows = {name: value for name, value in results.perplexity.items() if is_finite(value)}
     masks = [name for name in rows if name.strip().lower() != "dense"]
     wanted = [*(["packed"] if kind == "packed" else []), "learned", results.method]
     row = next((name for name in wanted if name in masks), masks[0] if len(masks) == 1 else None)
-    if row is None:
-        return None
-    return EvalResult(
-        task_type="text-generation",
-        dataset_type="text",
-        dataset_name=one_line(results.data.get("evaluation") or "held-out text"),
-        metric_type="perplexity",
-        metric_name="held-out token perplexity",
-        metric_value=rows[row],
-    )
+    return None if row is None else rows[row]
 
 
 def _is_hub_id(name: Any) -> bool:
@@ -193,6 +205,15 @@ def _body(results: RunResults, kind: Kind, repo_id: str | None) -> dict[str, Any
         "perplexity": [
             (prose(name), number(results.perplexity[name]), ratio(results.perplexity[name], dense))
             for name in [*dense_rows, *(name for name in results.perplexity if name not in dense_rows)]
+        ],
+        "evaluations": [
+            [prose(entry.get("text")), *(number(entry.get(key)) for key in ("dense", "this"))]
+            + [
+                ratio(entry.get("this"), entry.get("dense")),
+                number(entry.get("tokens")),
+                number(entry.get("sequence_length")),
+            ]
+            for entry in results.evaluations
         ],
         "evaluation": prose(results.data.get("evaluation")),
         "tokens": number(results.perplexity_tokens),
@@ -370,10 +391,11 @@ def _mask_code(results: RunResults, repo: str) -> str:
 
 def _limits(results: RunResults, kind: Kind) -> list[str]:
     text = results.data.get("evaluation")
-    rows = bool(results.perplexity)
+    texts = [prose(text) if text else "the text of the table above"] if results.perplexity else []
+    texts += [prose(entry.get("text")) for entry in results.evaluations]
     limits = [
-        f"Evaluated on {prose(text) if text else 'the text of the table above'} only; other text, and tasks, were {MISSING}."
-        if rows
+        f"Evaluated on {', '.join(texts)} only; other text, and tasks, were {MISSING}."
+        if texts
         else f"Its quality was {MISSING}.",
     ]
     if kind == "masked":
