@@ -380,16 +380,38 @@ def test_a_new_folder_and_a_relative_one_refer_to_the_general_mask(published, ma
     assert nms.read_mask("general", task="law").layers.keys() == nms.read_mask("general").layers.keys()
 
 
-def test_a_delta_does_not_go_where_its_general_mask_is_nor_to_a_delta(published, make_masked, tmp_path):
+def test_a_delta_does_not_go_where_its_general_mask_is_nor_round_in_a_circle(published, make_masked, tmp_path):
     general, folder, _ = published
     with pytest.raises(ConfigError, match="is the general mask itself"):
         nms.save_mask(make_masked(0.05), general, delta_to=general)
-    with pytest.raises(ConfigError, match="is itself a delta"):
-        nms.save_mask(make_masked(0.05), tmp_path / "x", delta_to=folder)
-    assert not (tmp_path / "x").exists() and nms.read_mask(general).general is None
+    assert nms.read_mask(general).general is None
     change_config(folder, general_mask={"source": "."})
-    with pytest.raises(FormatError, match=r"general mask cannot be read: .* is a delta itself"):
+    with pytest.raises(
+        FormatError, match=r"general mask cannot be read: .* more than 8 deltas to deltas, or of a circle"
+    ):
         nms.read_mask(folder)
+
+
+def test_deltas_to_deltas_are_followed_to_the_full_mask_and_no_link_may_change(
+    published, make_masked, base_folder, tmp_path
+):
+    general, law, _ = published
+    model = make_masked(0.05)
+    nearby(model, 0.01)
+    german = nms.save_mask(model, tmp_path / "german", delta_to=law)
+    size = {folder: (folder / FILE).stat().st_size for folder in (general, law, german)}
+    assert size[german] < size[law] < size[general]
+    read = nms.read_mask(german)
+    assert all(torch.equal(read.layers[name].packed, packed) for name, packed in packed_codes(model).items())
+    tokens = torch.arange(12)[None]
+    assert torch.equal(nms.load_mask(load_base(base_folder), german)(tokens).logits, model(tokens).logits)
+    shutil.move(law, tmp_path / "moved")
+    with pytest.raises(FormatError, match="german is a delta, and its general mask cannot be read"):
+        nms.read_mask(german)
+    assert nms.read_mask(german, general=tmp_path / "moved").layers.keys() == read.layers.keys()
+    nms.save_mask(make_masked(0.02), tmp_path / "law", delta_to=general)  # another one in its place
+    with pytest.raises(FormatError, match=r"is not the general mask that \S*german\S* is a delta to"):
+        nms.read_mask(german)
 
 
 @pytest.mark.parametrize(

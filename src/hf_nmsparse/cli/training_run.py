@@ -308,9 +308,10 @@ class TrainingRun:
         if self.general_mask is not None:
             with fetching(self.general_mask):
                 mask = read_mask(self.general_mask)
-            if mask.config.pattern != config.pattern or mask.general is not None:
-                what = f"a {mask.config.pattern} mask" if mask.general is None else f"itself a delta to {mask.general}"
-                raise ConfigError(f"--delta-to {self.general_mask} is {what}; expected a full {config.pattern} mask")
+            if mask.config.pattern != config.pattern:
+                raise ConfigError(
+                    f"--delta-to {self.general_mask} is a {mask.config.pattern} mask; expected one of {config.pattern}"
+                )
 
     def _taught(self) -> str:
         """How block-wise learning and distillation are recorded, after the prior."""

@@ -24,6 +24,7 @@ PREFIX = "base_model.model."  # PEFT's name for the wrapped model, so that its o
 PARTS = ("nmsparse_packed", "nmsparse_digest", "nmsparse_base")
 DELTA_PARTS = ("nmsparse_changes", "nmsparse_digest", "nmsparse_base")
 _MAX_CONFIG_BYTES = 1 << 20
+_MAX_LINKS = 8  # deltas to deltas, beyond which it is taken for a circle
 
 
 @dataclass(frozen=True)
@@ -89,18 +90,27 @@ def read_mask(
         ConfigError: if it is a training checkpoint, or `general` is given for a mask that is no delta.
         HubError: if the repo cannot be fetched.
     """
-    stored = _read_stored(source, revision, task)
+    return _whole(_read_stored(source, revision, task), general, _MAX_LINKS)
+
+
+def _whole(stored: _StoredMask, general: str | os.PathLike | PublishedMask | None, links: int) -> PublishedMask:
+    """A mask with all of its codes; of a delta at the end of a chain of at most `links` others."""
     if stored.general is None:
         if general is not None:
-            raise ConfigError(f"{source} is no delta: it holds all of its codes; leave general= out")
+            raise ConfigError(f"{stored.source} is no delta: it holds all of its codes; leave general= out")
         return _complete(stored)
+    if links == 0:
+        raise FormatError(
+            f"{stored.source} is the end of more than {_MAX_LINKS} deltas to deltas, or of a circle; save the mask again, to a full one"
+        )
     try:
-        whole = general if isinstance(general, PublishedMask) else _read_general(stored, general)
+        if not isinstance(general, PublishedMask):
+            general = _whole(_read_general(stored, general), None, links - 1)
     except (ConfigError, FormatError, HubError) as error:
         raise type(error)(
-            f"{source} is a delta, and its general mask cannot be read: {error}; if that moved, pass its place as general="
+            f"{stored.source} is a delta, and its general mask cannot be read: {error}; if that moved, pass its place as general="
         ) from error
-    return _complete(stored, whole)
+    return _complete(stored, general)
 
 
 @dataclass(frozen=True)
@@ -128,26 +138,20 @@ def _read_stored(source: str | os.PathLike, revision: str | None, task: str | No
     return _StoredMask(config, _read_tensors(path), path, str(source), task, general)
 
 
-def _read_general(delta: _StoredMask, given: str | os.PathLike | None) -> PublishedMask:
+def _read_general(delta: _StoredMask, given: str | os.PathLike | None) -> _StoredMask:
     """The general mask of a delta: that which was given, else where the delta says."""
     if given is not None:
-        stored = _read_stored(given, None, None)
-    elif not delta.general.is_path:
-        stored = _read_stored(delta.general.source, delta.general.revision, delta.general.task)
-    elif Path(delta.source).exists():
+        return _read_stored(given, None, None)
+    if not delta.general.is_path:
+        return _read_stored(delta.general.source, delta.general.revision, delta.general.task)
+    if Path(delta.source).exists():
         folder = (delta.path.parent / delta.general.source).resolve()
         if not folder.is_dir():
             raise FormatError(f"there is no folder {folder}")
-        stored = _read_stored(folder, None, None)
-    else:
-        root = delta.path.parents[len(Path(delta.task or "").parts)]  # named for the commit, see `fetch`
-        place = delta.general.in_repo(delta.source, root.name, delta.task)
-        stored = _read_stored(place.source, place.revision, place.task)
-    if stored.general is not None:
-        raise FormatError(
-            f"{stored.source} is a delta itself (to {stored.general}); a general mask holds all of its codes"
-        )
-    return _complete(stored)
+        return _read_stored(folder, None, None)
+    root = delta.path.parents[len(Path(delta.task or "").parts)]  # named for the commit, see `fetch`
+    place = delta.general.in_repo(delta.source, root.name, delta.task)
+    return _read_stored(place.source, place.revision, place.task)
 
 
 def _complete(stored: _StoredMask, general: PublishedMask | None = None) -> PublishedMask:

@@ -193,10 +193,6 @@ def _only_changes(
     tensors: dict[str, torch.Tensor], config: NMSparseConfig, general: PublishedMask
 ) -> dict[str, torch.Tensor]:
     """The tensors of a full mask as those of a delta."""
-    if general.general is not None:
-        raise ConfigError(
-            f"{general.source} is itself a delta (to {general.general}); delta_to= needs a mask that holds all of its codes"
-        )
     paths = stored_paths(config.target_modules, config.target_parameters or [])
     places = {name: PREFIX + path for name, path in paths.items()}
     return as_delta(tensors, places, NMPattern(config.pattern), general)
