@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: whole lines of work, JSON, exit codes, and nothing half written."""
 
+import dataclasses
 import json
 import os
 import random
@@ -96,19 +97,22 @@ def test_eval_records_each_text_beside_the_dense_model_in_results_and_card(there
     run("prune base --criterion magnitude --output pruned")
     run("compress pruned --output packed")
     folder = {"mask": "pruned/mask"}.get(kind, kind)
-    shutil.copy("test.txt", "law.txt")
+    Path("law").mkdir()
+    Path("law/test.txt").write_text(" ".join(Path("test.txt").read_text().split()[40:]))
+    readme = Path(folder) / "README.md"
+    readme.write_text(readme.read_text().replace("\n---\n", "\nlicense: mit\n---\n", 1) + "\n## My notes\n\nfine\n")
     dense = facts(f"eval base --text test.txt {SHORT}")["perplexity"]
-    for text in ("test.txt", "law.txt", "test.txt"):  # the second time it takes the place of the first
+    for text in ("test.txt", "law/test.txt", "test.txt"):  # the second time it takes the place of the first
         found = facts(f"eval {folder} --text {text} {SHORT} --record")
     assert found["dense"] == pytest.approx(dense, rel=1e-6) and found["recorded"] == folder
     evaluations = RunResults.read(f"{folder}/results.json").evaluations
-    assert [entry["text"] for entry in evaluations] == ["law.txt", "test.txt"]
+    assert [entry["text"] for entry in evaluations] == ["test.txt", "test.txt"]  # of other tokens
+    assert evaluations[0]["tokens"] < evaluations[1]["tokens"]
     assert evaluations[1]["this"] == pytest.approx(found["perplexity"]) and evaluations[1]["dense"] == found["dense"]
     card = ModelCard.load(f"{folder}/README.md")
-    assert {result.dataset_name: result.metric_value for result in card.data.eval_results} == {
-        entry["text"]: entry["this"] for entry in evaluations
-    }
-    assert "| law.txt |" in card.text and "Evaluated on law.txt, test.txt only" in card.text
+    assert evaluations[1]["this"] in [result.metric_value for result in card.data.eval_results]
+    assert card.text.count("| test.txt |") == 2 and "Evaluated on test.txt, test.txt only" in card.text
+    assert card.data.license == "mit" and card.text.endswith("## My notes\n\nfine\n")
     assert nms.verify(folder).ok
 
 
@@ -122,6 +126,15 @@ def test_record_needs_a_folder_with_results_and_then_changes_nothing(there):
     ):
         assert said in " ".join(run(f"eval {line} --text test.txt {SHORT} --record", 2).stderr.split())
     run("eval pruned --text nothing.txt --record", 2)
+    results = RunResults.read("pruned/results.json")
+    for field, value, code, said in (
+        ("base_model", None, 2, "does not name the base model"),
+        ("base_model", "pruned", 2, "sparse itself"),
+        ("evaluations", ["x"], 1, "evaluations must be a list of objects"),
+    ):
+        dataclasses.replace(results, **{field: value}).write("pruned/results.json")
+        assert said in " ".join(run(f"eval pruned --text test.txt {SHORT} --record", code).stderr.split())
+    results.write("pruned/results.json")
     assert {path.name: path.read_bytes() for path in Path("pruned").iterdir() if path.is_file()} == before
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Masks and models of other programs: read bit for bit, refused when they are not what they say, written so that they read them."""
 
+import copy
 import io
 import json
 import random
@@ -18,6 +19,7 @@ from huggingface_hub import HfApi
 from local_hub import as_the_hub
 from make_bitmask import FOLDER as BITMASK_FOLDER
 from make_bitmask import dense_llama, masked_llama
+from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -676,6 +678,49 @@ def test_exported_masks_keep_weights_that_are_zero(make_llama, tmp_path):
     nms.export(packed, tmp_path / "bitmask", "bitmask")
     stored = load_file(tmp_path / "bitmask" / "model.safetensors")[f"{name}.bitmask"]
     assert unpack_bits(stored, 32)[0, :4].tolist() == [False, True, False, True]
+
+
+@pytest.mark.parametrize("form", ["packed", "masked"])
+def test_a_mask_inside_24_is_exported_as_narrow_as_it_is(make_llama, tmp_path, form):
+    base = make_llama()
+    model = get_peft_model(base, nms.NMSparseConfig(pattern="1:4", init_weights=False))
+    model = nms.compress(model) if form == "packed" else model.merge_and_unload()
+    expected = nms.decompress(copy.deepcopy(model))
+    if form == "packed":
+        with pytest.raises(FormatError, match="filled up to 2:4 from another pattern"):
+            nms.export(model, tmp_path / "x", "npz")
+        with pytest.raises(FormatError, match=r"keeps more than 1 of 8"):
+            nms.export(model, tmp_path / "x", "npz", pattern="1:8")
+    nms.export(model, tmp_path / "npz", "npz", pattern="1:4")
+    file = tmp_path / "npz" / "mask_compressed.npz"
+    assert same_weights(apply_as_maskllm(make_llama(), file), expected)
+    assert find_mask(file, make_llama(), "1:4").groups_completed == 0 and not (tmp_path / "x").exists()
+
+
+def test_another_pattern_than_that_of_the_mask_is_refused(llama, npz, tmp_path):
+    nms.import_mask(npz, llama, tmp_path / "mask")
+    with pytest.raises(ConfigError, match="the mask on the model is 2:4"):
+        nms.export(nms.load_mask(llama, tmp_path / "mask"), tmp_path / "x", "npz", pattern="1:4")
+
+
+def test_parameters_that_the_base_lacks_are_refused(make_llama, tmp_path):
+    masked(make_llama(attention_bias=True)).save_pretrained(tmp_path / "biased")
+    with pytest.raises(BaseModelMismatchError, match=r"8 parameters that the base lacks, first .*bias"):
+        find_mask(tmp_path / "biased", make_llama())
+
+
+def test_other_arrays_and_the_source_itself_survive_a_second_run(make_llama, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_llama().save_pretrained("base")
+    masked(make_llama()).save_pretrained("sparse")
+    run("import-mask sparse --base base --output out")
+    np.savez("out/activations.npz", a=np.ones(3))
+    run("import-mask sparse --base base --output out")
+    assert Path("out/activations.npz").is_file()
+    run("export sparse --format npz --output theirs")
+    source = "theirs/mask_compressed.npz"
+    assert "also an input" in run(f"import-mask {source} --base base --output theirs --overwrite", 2).stderr
+    assert Path(source).is_file()
 
 
 @pytest.mark.parametrize("format", CLI_FORMATS)

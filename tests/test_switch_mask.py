@@ -168,6 +168,29 @@ def test_what_is_not_packed_or_of_another_model_is_refused(base_folder, masks, m
     )
 
 
+def test_models_with_adapters_offloaded_or_of_inference_mode_are_refused(base_folder, masks):
+    base = load_base(base_folder)
+    refused(
+        ConfigError,
+        "base carries adapters",
+        load_packed(base_folder, masks[0]),
+        nms.load_mask(load_base(base_folder), masks[0]),
+        masks[1],
+    )
+    offloaded = load_base(base_folder)
+    offloaded.lm_head.weight = torch.nn.Parameter(offloaded.lm_head.weight.to("meta"))
+    refused(UnsupportedError, "of the base is offloaded", load_packed(base_folder, masks[0]), offloaded, masks[1])
+    with torch.inference_mode():
+        model = load_packed(base_folder, masks[0])
+    before = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+    with pytest.raises(UnsupportedError, match="made in inference mode"):
+        nms.switch_mask(model, base, masks[1])
+    assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == before
+    with torch.inference_mode():
+        nms.switch_mask(model, base, masks[1])
+    assert_equal(model, state_of(load_packed(base_folder, masks[1])))
+
+
 def test_a_damaged_mask_changes_nothing(base_folder, masks):
     file = masks[1] / "adapter_model.safetensors"
     tensors = load_file(file)

@@ -51,7 +51,7 @@ class RunResults:
         perplexity_tokens (`int`, *optional*): tokens scored for each row.
         perplexity_sequence_length (`int`, *optional*): window length.
         evaluations (`list[dict]`): what `nmsparse eval --record` measured on other texts, each beside the dense model in the same
-            run ("text", "dense", "this", "standard_error" of the loss, "tokens", "sequence_length").
+            run ("text", "dense", "this", "standard_error" of the loss, "tokens", "sequence_length", "sha256" of the tokens).
         mask_bits_per_weight (`float`, *optional*): size of the mask file in bits over pruned weights.
         mask_bits_bound (`float`, *optional*): log2 C(m, n) / m.
         values (`str`, *optional*): "int8" or "int4", where the packed values are rounded to such numbers.

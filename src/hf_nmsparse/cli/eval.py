@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Callable
 from functools import partial
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import ConfigError
+from ..errors import ConfigError, FormatError
 from .common import command_line, facts_table, verb
 from .folders import RESULTS_FILE, Kind, kind_of
 from .models import load_any, load_model, load_tokenizer, put_mask, stream, window_length
@@ -31,6 +32,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from ..evaluation import Perplexity
@@ -105,17 +107,19 @@ def evaluate(
         )
         if results is not None:
             dense = _of_dense(loaded, results, measure, dtype, device)
-            _record(Path(model), results, text, found, dense)
+            label = Path(text).name if Path(text).exists() else f"{text} ({split})"
+            _record(Path(model), results, label, tokens, found, dense)
             answer.facts |= {"dense": dense.value, "recorded": model}
             answer.show(f"dense: {dense.value:.3f}; recorded in {model} ({RESULTS_FILE}, README.md)")
 
 
 # --- what is recorded -----------------------------------------------------------------------------------------------
 def _recorded(model: str, mask: str | None) -> RunResults:
-    """The results beside a model or mask.
+    """The results beside a model or mask, which can be added to.
 
     Raises:
-        ConfigError: if it is not a local folder that holds some.
+        ConfigError: if it is not a local folder that holds some, or nothing to compare with is named.
+        FormatError: if they are damaged.
     """
     from ..results import RunResults
 
@@ -124,12 +128,21 @@ def _recorded(model: str, mask: str | None) -> RunResults:
         raise ConfigError("--record writes beside what it evaluates: name the mask itself, without --mask")
     if not folder.is_dir():
         raise ConfigError(f"--record writes into a local folder, and {model} is none; pull it first (nmsparse pull)")
-    if kind_of(folder) not in _CARDS or not (folder / RESULTS_FILE).is_file():
+    kind = kind_of(folder)
+    if kind not in _CARDS:
         raise ConfigError(
-            f"--record adds to the {RESULTS_FILE} of a mask, masked or packed model, and {model} has none; prune, train, merge, "
-            "compress and import-mask write it"
+            f"--record is for a mask, a masked or a packed model, and {model} holds another kind ({kind.value})"
         )
-    return RunResults.read(folder / RESULTS_FILE)
+    if not (folder / RESULTS_FILE).is_file():
+        raise ConfigError(
+            f"--record adds to {RESULTS_FILE}, and {model} has none; prune, train, merge, compress and import-mask write it"
+        )
+    results = RunResults.read(folder / RESULTS_FILE)
+    if not isinstance(results.evaluations, list) or not all(isinstance(entry, dict) for entry in results.evaluations):
+        raise FormatError(f"{folder / RESULTS_FILE}: evaluations must be a list of objects; the file is damaged")
+    if kind is not Kind.MASK and not results.base_model:
+        raise ConfigError(f"{folder / RESULTS_FILE} does not name the base model, so there is nothing to compare with")
+    return results
 
 
 def _of_dense(
@@ -142,27 +155,38 @@ def _of_dense(
     """The dense base on the same text."""
     from peft import PeftModel
 
+    from ..hub import verify
+
     if isinstance(loaded, PeftModel):
         with loaded.disable_adapter():
             return measure(loaded)
-    if results.base_model is None:
-        raise ConfigError(f"{RESULTS_FILE} does not name the base model, so there is nothing to compare with")
-    return measure(load_model(results.base_model, dtype, device))
+    base = load_model(results.base_model, dtype, device, revision=results.base_revision)
+    if verify(base, results.pattern if results.parsed_pattern else None).layers:
+        raise ConfigError(
+            f"{RESULTS_FILE} names {results.base_model} as the base model, which is sparse itself; there is no dense one to "
+            "compare with"
+        )
+    return measure(base)
 
 
-def _record(folder: Path, results: RunResults, text: str, found: Perplexity, dense: Perplexity) -> None:
-    from ..hub.card import write_card
+def _record(
+    folder: Path, results: RunResults, label: str, scored: torch.Tensor, found: Perplexity, dense: Perplexity
+) -> None:
+    """Add what was measured to the results and the card; the same tokens in the same windows once only."""
+    from ..hub.card import update_card
 
     entry = {
-        "text": Path(text).name if Path(text).exists() else text,
+        "text": label,
         "dense": dense.value,
         "this": found.value,
         "standard_error": found.standard_error if math.isfinite(found.standard_error) else None,
         "tokens": found.tokens,
         "sequence_length": found.seq_len,
+        "sha256": hashlib.sha256(scored.numpy().tobytes()).hexdigest(),
     }
-    others = [other for other in results.evaluations if other.get("text") != entry["text"]]
+    same = ("sha256", "sequence_length")
+    others = [other for other in results.evaluations if any(other.get(key) != entry[key] for key in same)]
     results.evaluations = [*others, entry]
     results.command = "\n".join(filter(None, (results.command, command_line())))
     results.write(folder / RESULTS_FILE)
-    write_card(folder, results, _CARDS[kind_of(folder)])
+    update_card(folder, results, _CARDS[kind_of(folder)])

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..pattern import NMPattern
 from .common import tell, verb
 from .compress import refuse_mask_options, results_of
 from .folders import RESULTS_FILE, Kind, check_output, folder_bytes, output_folder, written_line
@@ -29,6 +30,8 @@ from .options import (
 from .writing import finish
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from ..hub import Export
     from ..results import RunResults
 
@@ -89,7 +92,7 @@ def export(
             loaded, base = load_model(source, dtype), source
             loaded = put_mask(loaded, mask, mask_revision, task, allow_base_mismatch)
         results = results_of(loaded, base, mask or source)
-        prepared = prepare_export(loaded, format.value, pattern or results.pattern)
+        prepared = prepare_export(loaded, format.value, pattern or _recorded_pattern(loaded, results))
         answer.facts = {
             "source": source,
             "mask": mask,
@@ -115,6 +118,13 @@ def export(
             _write(prepared, staging, base, results)
         answer.facts |= {"output": str(output), "bytes": folder_bytes(output)}
         answer.show(written_line(output))
+
+
+def _recorded_pattern(model: nn.Module, results: RunResults) -> str | None:
+    """Of a plain or packed model; a mask on a model says its own."""
+    from ..adapter import mask_layers
+
+    return None if mask_layers(model) or not isinstance(results.parsed_pattern, NMPattern) else results.pattern
 
 
 def _write(prepared: Export, staging: Path, base: str, results: RunResults) -> None:

@@ -21,7 +21,7 @@ MASK_FOLDER = "mask"  # the mask of a pruned model, inside its folder
 _TELLING = (
     "*.safetensors",
     "*.safetensors.index.json",
-    "*.npz",
+    "mask_compressed.npz",
     "adapter_config.json",
     "config.json",
     "generation_config.json",
@@ -65,7 +65,7 @@ def kind_of(folder: Path) -> Kind:
         return Kind.PACKED if packed else Kind.MODEL
     if checkpoints_in(folder):
         return Kind.RUN
-    return Kind.NPZ if any(folder.glob("*.npz")) else Kind.NOTHING
+    return Kind.NPZ if (folder / "mask_compressed.npz").is_file() else Kind.NOTHING
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -77,7 +77,9 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 def folder_bytes(folder: Path) -> int:
     """Bytes of the weights or masks of a folder."""
-    return sum(path.stat().st_size for suffix in ("safetensors", "npz") for path in folder.glob(f"*.{suffix}"))
+    return sum(
+        path.stat().st_size for pattern in ("*.safetensors", "mask_compressed.npz") for path in folder.glob(pattern)
+    )
 
 
 def check_output(folder: Path, kind: Kind, overwrite: bool, inputs: Iterable[str] = ()) -> None:
@@ -98,7 +100,8 @@ def check_output(folder: Path, kind: Kind, overwrite: bool, inputs: Iterable[str
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; name a folder to write into")
     for name in inputs:
-        if Path(name).exists() and Path(name).resolve() == folder.resolve():
+        place = Path(name).resolve()
+        if place.exists() and (place == folder.resolve() or (place.is_file() and place.parent == folder.resolve())):
             raise ConfigError(f"--output {folder} is also an input of this command; name another folder")
     if overwrite or not holds_files(folder):
         return

@@ -87,6 +87,7 @@ def load_model(
     device: str | None = "cpu",
     device_map: dict[str, str] | None = None,
     offload_folder: Path | None = None,
+    revision: str | None = None,
 ) -> nn.Module:
     """A causal language model, dense or packed, in eval mode; a bitmask of compressed-tensors becomes dense with zeros.
 
@@ -96,6 +97,7 @@ def load_model(
         device (`str`, *optional*): where to; `None`: a GPU if there is one.
         device_map (`dict[str, str]`, *optional*): instead of `device`, where each part goes, "disk" among them.
         offload_folder (`Path`, *optional*): for what stays on disk and is not stored as the model has it (fused experts).
+        revision (`str`, *optional*): of a Hub repo.
     """
     from transformers import AutoModelForCausalLM
 
@@ -111,6 +113,7 @@ def load_model(
             use_safetensors=True,
             device_map=device_map or chosen_device(device),
             offload_folder=offload_folder,
+            revision=revision or "main",
         ).eval()
 
 

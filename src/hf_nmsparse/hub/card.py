@@ -92,6 +92,35 @@ def write_card(
     return write_file(Path(folder) / "README.md", card_text(results, kind, license, language, repo_id))
 
 
+def update_card(folder: str | os.PathLike, results: RunResults, kind: Kind) -> Path:
+    """Renew what the card in a folder says of quality, and leave the rest of it: license, names, what people added.
+
+    Args:
+        folder (`str` or `Path`): holds the card; without one it is written whole.
+        results (`RunResults`), kind (`str`): as in `card_text`.
+
+    Returns:
+        the path of the card.
+    """
+    path = Path(folder) / "README.md"
+    if not path.is_file():
+        return write_card(folder, results, kind)
+    card, new = ModelCard.load(path), ModelCard(card_text(results, kind))
+    card.data.metrics, card.data.eval_results = new.data.metrics, new.data.eval_results
+    if card.data.model_name is None:
+        card.data.model_name = new.data.model_name
+    text, fresh = card.text, dict(_SECTION.findall(new.text))
+    for title in ("Held-out perplexity", "Limits"):
+        text = _SECTION.sub(
+            lambda found, title=title: f"{title}{fresh[title]}" if found[1] == title else found[0], text
+        )
+    card.text = text
+    return write_file(path, str(card))
+
+
+_SECTION = re.compile(r"(?<=^## )(.+?)(\n.*?)(?=^## |\Z)", re.DOTALL | re.MULTILINE)  # its title, and the rest
+
+
 def terms_of(config: NMSparseConfig) -> dict[str, int]:
     """What a mask adapter trains besides its mask, as `RunResults.terms` has it."""
     names = ("slorb_block", "slorb_train_projection", "low_rank", "delta_rank")

@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 FORMATS = ("dense", "npz", "bitmask")
 _PATTERN = NMPattern(2, 4)
 _SHARD = "2GB"
+_FILLED_SHARE = 0.25  # of the groups; with more zeros among kept values they are no accident
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ def export(
     folder: str | os.PathLike,
     format: str = "dense",
     *,
-    pattern: str | NMPattern = "2:4",
+    pattern: str | NMPattern | None = None,
     results: RunResults | None = None,
 ) -> Export:
     """Write a model with masks, a packed or a masked one in a format of others, whole or not at all.
@@ -179,7 +180,7 @@ def export(
         format (`str`): "dense": plain weights with zeros, which load anywhere; a term beside the mask (SLoRB, low rank) is added
             to them. "npz": the masks as MaskLLM has them. "bitmask": a `sparse-24-bitmask` checkpoint for compressed-tensors up
             to 0.14; quantised values are written as the floats that they stand for.
-        pattern (`str`): of a masked plain model; read from its zeros, groups completed lowest index first.
+        pattern (`str`, *optional*): n:m that the masks follow; by default that of the adapter, else 2:4.
         results (`RunResults`, *optional*): what is known, for the README.
 
     Returns:
@@ -196,7 +197,7 @@ def export(
     return prepared
 
 
-def prepare_export(model: nn.Module, format: str, pattern: str | NMPattern = "2:4") -> Export:
+def prepare_export(model: nn.Module, format: str, pattern: str | NMPattern | None = None) -> Export:
     """Every check of `export`, with nothing changed or written."""
     if format not in FORMATS:
         raise ConfigError(f"format={format!r}: choose one of {', '.join(FORMATS)}")
@@ -209,11 +210,14 @@ def prepare_export(model: nn.Module, format: str, pattern: str | NMPattern = "2:
         raise UnsupportedError(
             f"the base is quantised with {quantizer.quantization_config.quant_method}; load it unquantised, with the mask on it"
         )
-    layers, pattern = _in_use(model), NMPattern(pattern)
+    layers, asked = _in_use(model), None if pattern is None else NMPattern(pattern)
     if mask_layers(model) and not layers:
         raise ConfigError("no mask adapter is active; choose one with model.set_adapter(name)")
+    pattern = asked or NMPattern("2:4")
     for layer in list(layers.values())[:1]:
         pattern = layer.relaxations[layer.adapters_in_use()[0]].pattern
+        if asked not in (None, pattern):
+            raise ConfigError(f"pattern={str(asked)!r}, and the mask on the model is {pattern}; leave it out")
     packed_ones = dict(packed_layers(model))
     branches = sum(layer.side_branch(layer.adapters_in_use()) is not None for layer in layers.values())
     branches += sum(layer.branch is not None for layer in packed_ones.values())
@@ -273,15 +277,31 @@ def _masks(
     if layers:
         return found
     for name, layer in packed_ones.items():
+        _check_packed(name, layer, pattern)
         shape = (layer.out_features, layer.in_features)
         shape = shape[::-1] if layer.conv1d else shape
-        found[f"{name}.weight"] = WeightMask(name, shape, not layer.conv1d, partial(_mask_of_packed, layer))
+        found[f"{name}.weight"] = WeightMask(name, shape, not layer.conv1d, partial(_mask_of_packed, layer, pattern))
     for name, base in maskable(model).items():
         if zeros_as_mask(name, dense_of(base.read().detach()), pattern) is not None:
             is_linear = isinstance(base.module, nn.Linear)
-            mask = partial(_mask_of_zeros, base, pattern)
+            mask = partial(_mask_of_zeros, base)
             found[parameter_name(name, base)] = WeightMask(name, stored_shape(base), is_linear, mask)
     return found
+
+
+def _check_packed(name: str, layer: SparseLinear24, pattern: NMPattern) -> None:
+    weight = layer.sparse_weight().detach()
+    counts = ops.count_groups(weight != 0, pattern)
+    if counts.over:
+        raise FormatError(
+            f"{name} keeps more than {pattern.n} of {pattern.m} in {counts.over} of {counts.groups} groups; it has another pattern "
+            "(--pattern)"
+        )
+    if pattern == _PATTERN and layer.values == "dense" and counts.under > _FILLED_SHARE * counts.groups:
+        raise FormatError(
+            f"{name}: in {counts.under} of {counts.groups} groups a value that is kept is 0, so its mask was filled up to 2:4 from "
+            "another pattern; name that one (--pattern 1:4)"
+        )
 
 
 def _mask_of_adapters(layer: NMSparseLayer) -> torch.Tensor:
@@ -289,14 +309,17 @@ def _mask_of_adapters(layer: NMSparseLayer) -> torch.Tensor:
     return layer.base_weight.restore(torch.stack(masks).all(0))
 
 
-def _mask_of_packed(layer: SparseLinear24) -> torch.Tensor:
+def _mask_of_packed(layer: SparseLinear24, pattern: NMPattern) -> torch.Tensor:
+    """By its ids; of a pattern that packing filled up to 2:4, what is not zero."""
     ids = layer.weight_idx.detach()
-    mask = ops.unpack_24(ids.new_ones(ids.shape[0], 4 * ids.shape[1]), ids) != 0
+    kept = ids.new_ones(ids.shape[0], 4 * ids.shape[1])
+    mask = (ops.unpack_24(kept, ids) if pattern == _PATTERN else layer.sparse_weight().detach()) != 0
     return mask.t() if layer.conv1d else mask
 
 
-def _mask_of_zeros(base: BaseWeight, pattern: NMPattern) -> torch.Tensor:
-    return base.restore(ops.complete_mask(dense_of(base.read().detach()) != 0, pattern)[0])
+def _mask_of_zeros(base: BaseWeight) -> torch.Tensor:
+    """Not filled up where groups keep fewer than n: on the base, the weights that came back would make it another model."""
+    return base.restore(dense_of(base.read().detach()) != 0)
 
 
 def _completed(mask: torch.Tensor) -> torch.Tensor:

@@ -274,9 +274,13 @@ def _of_model(
 
 def _other_changes(other: nn.Module, model: nn.Module, masked: set[str], source: str) -> list[str]:
     """Parameters without a mask that differ: those of the base would take their place."""
-    theirs = dict(other.named_parameters())
+    theirs, ours = (dict(of.named_parameters(remove_duplicate=False)) for of in (other, model))
+    if unknown := sorted(set(theirs) - set(ours)):
+        raise BaseModelMismatchError(
+            f"{source} has {len(unknown)} parameters that the base lacks, first {unknown[0]}; give the base it was made from"
+        )
     changed = []
-    for name, parameter in model.named_parameters():
+    for name, parameter in ours.items():
         if name in masked:
             continue
         if name not in theirs or theirs[name].shape != parameter.shape:

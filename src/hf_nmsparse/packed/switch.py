@@ -48,9 +48,12 @@ def switch_mask(
     Raises:
         ConfigError: if the model holds packed layers that the mask lacks or none at all, or dense ones that are not the
             base's.
-        UnsupportedError: if the pattern of the mask is not inside 2:4, or values were rounded with input scales.
+        UnsupportedError: if the pattern of the mask is not inside 2:4, values were rounded with input scales, or weights are
+            offloaded.
         FormatError, PatternError, BaseModelMismatchError: if the mask is damaged, or for another model.
     """
+    for which, of in (("model", model), ("base", base)):
+        _check_present(which, of)
     stored = read_stored_mask(str(mask), revision, task)
     weights = {name: dense_weight(layer) for name, layer in linear_layers(base).items()}
     weights |= {name: expert_rows(base, name) for name in expert_weights(base)}
@@ -63,10 +66,10 @@ def switch_mask(
     dense = {name: _masked(model, name, weights[name], on_base) for name in stored.layers if name not in packed}
     on_base.settle(allow_base_mismatch)
     for name, layer in packed.items():
-        branch = stored.layers[name].branch
-        layer.slorb_block, layer.low_rank = slorb_block_of(branch), rank_of(branch)
         for leaf in PACKED_LEAVES:
             _put(layer, leaf, fresh[name].get(leaf))
+        branch = stored.layers[name].branch
+        layer.slorb_block, layer.low_rank = slorb_block_of(branch), rank_of(branch)
     for name, weight in dense.items():
         if name in expert_weights(model):
             set_expert_rows(model, name, weight)
@@ -75,6 +78,19 @@ def switch_mask(
     if isinstance(model, PreTrainedModel):
         model.config.quantization_config.slorb_block = slorb_block
     return model
+
+
+def _check_present(which: str, model: nn.Module) -> None:
+    if any(type(module).__name__ == "PeftModel" or hasattr(module, "base_layer") for module in model.modules()):
+        raise ConfigError(f"the {which} carries adapters; pass the plain model, without them")
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise UnsupportedError(f"{name} of the {which} is offloaded; load it whole, on the CPU or a GPU")
+        if which == "model" and parameter.is_inference() and not torch.is_inference_mode_enabled():
+            raise UnsupportedError(
+                f"{name} was made in inference mode, where nothing tells a later change; load the model outside of it, or switch "
+                "inside torch.inference_mode()"
+            )
 
 
 def _check_layers(
