@@ -135,6 +135,7 @@ def test_each_missing_field_is_called_not_measured(field):
         "dense_budget",
         "values",
         "delta_to",
+        "evaluations",
     }  # not of every model; the cards tell them
     baseline = words(render(sample_results(), []))
     more = text.count(MISSING) - baseline.count(MISSING)

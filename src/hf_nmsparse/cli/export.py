@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..pattern import NMPattern
 from .common import tell, verb
 from .compress import refuse_mask_options, results_of
 from .folders import RESULTS_FILE, Kind, check_output, folder_bytes, output_folder, written_line
@@ -123,6 +122,7 @@ def export(
 def _recorded_pattern(model: nn.Module, results: RunResults) -> str | None:
     """Of a plain or packed model; a mask on a model says its own."""
     from ..adapter import mask_layers
+    from ..pattern import NMPattern
 
     return None if mask_layers(model) or not isinstance(results.parsed_pattern, NMPattern) else results.pattern
 
