@@ -304,6 +304,8 @@ def test_where_a_source_may_lie(llama, npz, tmp_path):
     nms.import_mask(npz, llama, tmp_path / "mask")
     with pytest.raises(ConfigError, match="holds an adapter"):
         find_mask(tmp_path / "mask", llama)
+    with pytest.raises(ConfigError, match=r"nothing\.npz: no such file"):
+        find_mask(tmp_path / "nothing.npz", llama)
 
 
 def test_sources_on_the_hub(llama, make_llama, npz, tmp_path, monkeypatch):

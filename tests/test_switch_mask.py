@@ -134,7 +134,9 @@ def test_another_base_is_refused_unless_allowed(base_folder, masks):
     with torch.no_grad():
         base.get_submodule(UP).weight.mul_(1.1)
     refused(BaseModelMismatchError, UP, model, base, masks[1])
-    nms.switch_mask(model, base, masks[1], allow_base_mismatch=True)
+    switched = nms.switch_mask(model, base, masks[1], allow_base_mismatch=True)
+    kept = switched.get_submodule(UP).dequantize()
+    assert torch.equal(kept, torch.where(kept != 0, base.get_submodule(UP).weight, 0)) and nms.verify(switched).ok
 
 
 def test_masks_of_other_layers_are_refused(base_folder, masks, tmp_path):
@@ -142,7 +144,11 @@ def test_masks_of_other_layers_are_refused(base_folder, masks, tmp_path):
     base = load_base(base_folder)
     refused(ConfigError, "has no mask for .* packed layers", load_packed(base_folder, masks[0]), base, fewer)
     other = publish(base_folder, tmp_path / "other", 3, target_modules=["up_proj", "down_proj"])
-    nms.switch_mask(load_packed(base_folder, fewer), base, other)  # down_proj becomes dense with zeros
+    switched = nms.switch_mask(load_packed(base_folder, fewer), base, other)  # down_proj becomes dense with zeros
+    down = switched.get_submodule("model.layers.0.mlp.down_proj").weight
+    assert torch.equal(
+        down, load_packed(base_folder, other).get_submodule("model.layers.0.mlp.down_proj").dequantize()
+    )
     model = load_packed(base_folder, fewer)
     with torch.no_grad():
         model.get_submodule("model.layers.0.mlp.down_proj").weight[:, ::2] = 0

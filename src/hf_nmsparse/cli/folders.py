@@ -15,13 +15,14 @@ from .common import size
 
 RESULTS_FILE = "results.json"
 CHECKPOINTS = "checkpoints"
+NPZ_FILE = "mask_compressed.npz"  # as hub/npz_masks.py writes it
 MASK_FOLDER = "mask"  # the mask of a pruned model, inside its folder
 
 # Files that say what a folder holds. Left over from an artefact that was replaced, they would make it another one.
 _TELLING = (
     "*.safetensors",
     "*.safetensors.index.json",
-    "mask_compressed.npz",
+    NPZ_FILE,
     "adapter_config.json",
     "config.json",
     "generation_config.json",
@@ -65,7 +66,7 @@ def kind_of(folder: Path) -> Kind:
         return Kind.PACKED if packed else Kind.MODEL
     if checkpoints_in(folder):
         return Kind.RUN
-    return Kind.NPZ if (folder / "mask_compressed.npz").is_file() else Kind.NOTHING
+    return Kind.NPZ if (folder / NPZ_FILE).is_file() else Kind.NOTHING
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -77,9 +78,7 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 def folder_bytes(folder: Path) -> int:
     """Bytes of the weights or masks of a folder."""
-    return sum(
-        path.stat().st_size for pattern in ("*.safetensors", "mask_compressed.npz") for path in folder.glob(pattern)
-    )
+    return sum(path.stat().st_size for pattern in ("*.safetensors", NPZ_FILE) for path in folder.glob(pattern))
 
 
 def check_output(folder: Path, kind: Kind, overwrite: bool, inputs: Iterable[str] = ()) -> None:

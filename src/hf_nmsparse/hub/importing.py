@@ -155,6 +155,8 @@ def _locate(source: str | os.PathLike, revision: str | None) -> Path:
                 f"{source} is no .npz; give the folder of a model, or a mask in an .npz (pickles are not read)"
             )
         return path
+    if path.suffix == ".npz" and not path.exists():
+        raise ConfigError(f"{source}: no such file")
     folder = local_folder(source, revision, None, ("*.json", "*.npz"))
     found = sorted(folder.glob("*.npz"))
     if len(found) > 1:

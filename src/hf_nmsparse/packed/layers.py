@@ -61,6 +61,12 @@ def expert_rows(model: nn.Module, name: str) -> torch.Tensor:
     return (parameter.mT if module.is_transposed else parameter).flatten(0, 1)
 
 
+def rows_of_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights that a mask can be on, linear layers and fused experts, `[out, in]` by name."""
+    weights = {name: dense_weight(layer) for name, layer in linear_layers(model).items()}
+    return weights | {name: expert_rows(model, name) for name in expert_weights(model)}
+
+
 def set_expert_rows(model: nn.Module, name: str, rows: torch.Tensor) -> None:
     """Write what `expert_rows` returned back, changed, in place."""
     path, _, parameter_name = name.rpartition(".")

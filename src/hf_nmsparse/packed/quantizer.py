@@ -26,13 +26,12 @@ from .config import QUANT_METHOD, PackedConfig
 from .conversions import MaskAndPack, PruneAndPack, Unpack
 from .layers import (
     TIED,
-    dense_weight,
     expert_rows,
-    expert_weights,
     is_linear,
     linear_layers,
     log_dense,
     replace_modules,
+    rows_of_weights,
     set_expert_rows,
     unpackable_layers,
 )
@@ -180,9 +179,7 @@ class PackedQuantizer(HfQuantizer):
     def _layers_of_mask(self, model: PreTrainedModel) -> dict[str, SparseLinear24]:
         """Empty layers for those of the mask that can be packed; the others are noted, to become dense with zeros."""
         linear, mask = linear_layers(model), self._mask.mask
-        weights = {name: dense_weight(layer) for name, layer in linear.items()}
-        weights |= {name: expert_rows(model, name) for name in expert_weights(model)}
-        check_fits(mask, weights)
+        check_fits(mask, rows_of_weights(model))
         self._mask.experts = [name for name in mask.layers if name not in linear]
         tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
         for name in mask.layers:

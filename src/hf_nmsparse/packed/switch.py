@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ..errors import ConfigError, UnsupportedError
 from ..fingerprint import fingerprint
 from .branch import branch_tensors, common_slorb_block, rank_of, slorb_block_of
-from .layers import dense_weight, expert_rows, expert_weights, linear_layers, set_expert_rows
+from .layers import dense_weight, expert_weights, rows_of_weights, set_expert_rows
 from .modules import SparseLinear24
 from .quantizer import packed_layers
 from .stored_mask import MaskOnLoad, StoredMask, check_fits, read_stored_mask
@@ -55,23 +55,23 @@ def switch_mask(
     for which, of in (("model", model), ("base", base)):
         _check_present(which, of)
     stored = read_stored_mask(str(mask), revision, task)
-    weights = {name: dense_weight(layer) for name, layer in linear_layers(base).items()}
-    weights |= {name: expert_rows(base, name) for name in expert_weights(base)}
+    weights, plain = rows_of_weights(base), rows_of_weights(model)
     check_fits(stored, weights)
     packed = dict(packed_layers(model))
-    _check_layers(model, packed, stored, weights)
+    _check_layers(model, packed, plain, stored, weights)
     slorb_block = common_slorb_block(slorb_block_of(stored.layers[name].branch) for name in packed)
     on_base = MaskOnLoad(stored)
     fresh = {name: _packed_tensors(layer, name, weights[name], on_base) for name, layer in packed.items()}
-    dense = {name: _masked(model, name, weights[name], on_base) for name in stored.layers if name not in packed}
+    dense = {name: _masked(plain[name], name, weights[name], on_base) for name in stored.layers if name not in packed}
     on_base.settle(allow_base_mismatch)
     for name, layer in packed.items():
         for leaf in PACKED_LEAVES:
             _put(layer, leaf, fresh[name].get(leaf))
         branch = stored.layers[name].branch
         layer.slorb_block, layer.low_rank = slorb_block_of(branch), rank_of(branch)
+    experts = expert_weights(model)
     for name, weight in dense.items():
-        if name in expert_weights(model):
+        if name in experts:
             set_expert_rows(model, name, weight)
         else:
             dense_weight(model.get_submodule(name)).copy_(weight)
@@ -81,7 +81,7 @@ def switch_mask(
 
 
 def _check_present(which: str, model: nn.Module) -> None:
-    if any(type(module).__name__ == "PeftModel" or hasattr(module, "base_layer") for module in model.modules()):
+    if any(hasattr(module, "base_layer") for module in model.modules()):
         raise ConfigError(f"the {which} carries adapters; pass the plain model, without them")
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
@@ -94,7 +94,11 @@ def _check_present(which: str, model: nn.Module) -> None:
 
 
 def _check_layers(
-    model: nn.Module, packed: Mapping[str, SparseLinear24], mask: StoredMask, weights: Mapping[str, torch.Tensor]
+    model: nn.Module,
+    packed: Mapping[str, SparseLinear24],
+    plain: Mapping[str, torch.Tensor],
+    mask: StoredMask,
+    weights: Mapping[str, torch.Tensor],
 ) -> None:
     if not packed:
         raise ConfigError(
@@ -117,8 +121,6 @@ def _check_layers(
                 f"{name}: its values were rounded with input scales, which were searched for its old mask; compress the model "
                 "under the new mask with calibration data"
             )
-    plain = {name: dense_weight(layer) for name, layer in linear_layers(model).items()}
-    plain |= {name: expert_rows(model, name) for name in expert_weights(model)}
     if absent := sorted(set(mask.layers) - set(packed) - set(plain)):
         raise ConfigError(f"{mask.source}: the model has no layer {absent[0]} that a mask can be put on")
     for name in sorted(set(plain) - set(mask.layers)):
@@ -141,12 +143,8 @@ def _packed_tensors(
     }
 
 
-def _masked(model: nn.Module, name: str, weight: torch.Tensor, on_base: MaskOnLoad) -> torch.Tensor:
-    """For a layer that cannot be packed: dense with zeros, its side branch folded in."""
-    if name in expert_weights(model):
-        there = expert_rows(model, name)
-    else:
-        there = dense_weight(model.get_submodule(name))
+def _masked(there: torch.Tensor, name: str, weight: torch.Tensor, on_base: MaskOnLoad) -> torch.Tensor:
+    """For a layer that cannot be packed: dense with zeros, its side branch folded in; device and dtype are those of `there`."""
     rows, keep = on_base.weight_and_mask(name, weight.detach().to(there.device, there.dtype))
     branch = on_base.mask.layers[name].branch
     masked = rows.masked_fill(~keep, 0)
