@@ -304,7 +304,7 @@ def test_where_a_source_may_lie(llama, npz, tmp_path):
     nms.import_mask(npz, llama, tmp_path / "mask")
     with pytest.raises(ConfigError, match="holds an adapter"):
         find_mask(tmp_path / "mask", llama)
-    with pytest.raises(ConfigError, match=r"nothing\.npz: no such file"):
+    with pytest.raises(ConfigError, match=r"nothing\.npz: there is no such folder or file"):
         find_mask(tmp_path / "nothing.npz", llama)
 
 

@@ -156,7 +156,7 @@ def _locate(source: str | os.PathLike, revision: str | None) -> Path:
             )
         return path
     if path.suffix == ".npz" and not path.exists():
-        raise ConfigError(f"{source}: no such file")
+        raise ConfigError(f"{source}: there is no such folder or file")
     folder = local_folder(source, revision, None, ("*.json", "*.npz"))
     found = sorted(folder.glob("*.npz"))
     if len(found) > 1:
