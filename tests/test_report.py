@@ -64,7 +64,7 @@ def sample_results() -> RunResults:
         seconds_by_stage={"load": 9.2, "training": 1860.0, "evaluation": 240.0},
         history=[*history, {"step": 50, "nm/hard_eval_loss": 4.37}, {"step": 100, "nm/hard_eval_loss": 4.05}],
         layers=[{"name": n, "relative_error": 0.05 + 0.001 * k, "flip_rate": 0.002 * k} for k, n in enumerate(names)],
-        sample={"prompt": "The capital of France is", "dense": " Paris.", "packed": " Paris, of course."},
+        samples=[{"prompt": "The capital of France is", "dense": " Paris.", "packed": " Paris, of course."}],
         speed=[{"name": "linear 576x1536", "tokens": 1, "milliseconds": 0.0312, "ratio": 1.31, "device": "some CPU"}],
         command="nmsparse demo --pattern 2:4",
         environment={"torch": "2.13.0", "python": "3.11.2"},
@@ -136,6 +136,8 @@ def test_each_missing_field_is_called_not_measured(field):
         "values",
         "delta_to",
         "evaluations",
+        "tasks",
+        "agreement",
     }  # not of every model; the cards tell them
     baseline = words(render(sample_results(), []))
     more = text.count(MISSING) - baseline.count(MISSING)
@@ -167,7 +169,7 @@ def test_everything_from_results_is_escaped():
     keyed = {HOSTILE: HOSTILE}
     results = RunResults(
         base_model=HOSTILE, base_revision=HOSTILE, pattern=HOSTILE, method=HOSTILE, sparse_layers=[HOSTILE],
-        dense_layers=[HOSTILE], data=keyed, perplexity={HOSTILE: 3.0, "dense": 2.0}, sizes={HOSTILE: 3}, sample=keyed,
+        dense_layers=[HOSTILE], data=keyed, perplexity={HOSTILE: 3.0, "dense": 2.0}, sizes={HOSTILE: 3}, samples=[keyed],
         speed=[{"name": HOSTILE, "device": HOSTILE, "tokens": HOSTILE}], command=HOSTILE, environment=keyed,
         terms={"low_rank": HOSTILE, "delta_rank": HOSTILE}, fused_experts=[HOSTILE],
         seconds_by_stage={HOSTILE: 1.0}, layers=[{"name": f"a.0.{HOSTILE}.{HOSTILE}", "relative_error": 0.1}],

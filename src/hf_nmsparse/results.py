@@ -52,6 +52,11 @@ class RunResults:
         perplexity_sequence_length (`int`, *optional*): window length.
         evaluations (`list[dict]`): what `nmsparse eval --record` measured on other texts, each beside the dense model in the same
             run ("text", "dense", "this", "standard_error" of the loss, "tokens", "sequence_length", "sha256" of the tokens).
+        tasks (`list[dict]`): what `nmsparse eval` measured on tasks, as `evaluation.task_entry` has it: "task", "metric", "suite",
+            "this", "dense" (the dense model on the same items in the same run), their standard errors, "items", "lost", "won" ...
+        agreement (`list[dict]`): how far it says what the dense model says, as `evaluation.Agreement.to_dict` has it: "text",
+            "tokens", "top1" (share of tokens whose likeliest successor is the same), "kl" (nats a token), "layers" ...
+        samples (`list[dict]`): greedy text side by side: {"prompt": ..., "dense": ..., "this" or another name: ...}.
         mask_bits_per_weight (`float`, *optional*): size of the mask file in bits over pruned weights.
         mask_bits_bound (`float`, *optional*): log2 C(m, n) / m.
         values (`str`, *optional*): "int8" or "int4", where the packed values are rounded to such numbers.
@@ -63,7 +68,6 @@ class RunResults:
         seconds (`float`, *optional*): wall time; `seconds_by_stage` splits it.
         history (`list[dict]`): log lines of training ("step", "loss", "nm/flip_rate", "nm/max_prob", ...).
         layers (`list[dict]`): one dict a pruned layer ("name", "relative_error", "kept_energy", "flip_rate", ...).
-        sample (`dict[str, str]`, *optional*): {"prompt", "dense", "packed"} generated text.
         speed (`list[dict]`): measured kernels ("name", "tokens", "milliseconds", "ratio", "device").
         command (`str`, *optional*): what to type to get the same.
         environment (`dict[str, str]`): versions and machine, see `environment()`.
@@ -87,6 +91,9 @@ class RunResults:
     perplexity_tokens: int | None = None
     perplexity_sequence_length: int | None = None
     evaluations: list[dict[str, Any]] = field(default_factory=list)
+    tasks: list[dict[str, Any]] = field(default_factory=list)
+    agreement: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[dict[str, str]] = field(default_factory=list)
     mask_bits_per_weight: float | None = None
     mask_bits_bound: float | None = None
     values: str | None = None
@@ -100,7 +107,6 @@ class RunResults:
     seconds_by_stage: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     layers: list[dict[str, Any]] = field(default_factory=list)
-    sample: dict[str, str] | None = None
     speed: list[dict[str, Any]] = field(default_factory=list)
     command: str | None = None
     environment: dict[str, str] = field(default_factory=dict)

@@ -190,9 +190,8 @@ def _note_values(results: RunResults, values: Values) -> None:
         return
     results.values = values.value
     results.perplexity = {name: value for name, value in results.perplexity.items() if name == "dense"}
-    results.evaluations = []
-    results.sample = results.reload_bit_equal = None
-    results.speed = []
+    results.evaluations, results.tasks, results.agreement, results.samples, results.speed = [], [], [], [], []
+    results.reload_bit_equal = None
 
 
 def _packed_names(model: nn.Module) -> list[str]:

@@ -60,4 +60,6 @@ def demo(
             "time": f"{results.seconds / 60:.1f} min",
             "report": output / "report.html",
         }
-        answer.show(summary_table(results), facts_table("", facts), f"packed model says: {results.sample['packed']}")
+        answer.show(
+            summary_table(results), facts_table("", facts), f"packed model says: {results.samples[0]['packed']}"
+        )

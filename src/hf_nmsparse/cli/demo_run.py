@@ -156,7 +156,7 @@ def run_demo(settings: DemoSettings, console: Console) -> RunResults:
     with demo.stage("Loading the packed model in a new process", 2):
         reloaded = _reload(packed_folder)
         demo.results.reload_bit_equal = reloaded["digests"] == merged_digests
-        demo.results.sample = {"prompt": PROMPT, "dense": dense_sample, "packed": reloaded["text"]}
+        demo.results.samples = [{"prompt": PROMPT, "dense": dense_sample, "packed": reloaded["text"]}]
     _finish(demo, mask_folder, packed_folder)
     if not demo.results.reload_bit_equal or not demo.results.base_unchanged:
         raise NMSparseError(

@@ -2,5 +2,6 @@
 """Measures of a model. They take any causal language model: dense, masked, PEFT or packed."""
 
 from .perplexity import Perplexity, perplexity
+from .scores import TaskScore, mean_score, task_entry
 
-__all__ = ["Perplexity", "perplexity"]
+__all__ = ["Perplexity", "TaskScore", "mean_score", "perplexity", "task_entry"]

@@ -48,7 +48,7 @@ def render(results: RunResults, plots: Sequence[Plot]) -> str:
         bounds=_bounds(results),
         files=[(name.replace("_", " "), size(value), number(value)) for name, value in results.sizes.items()],
         plots={plot.name: plot for plot in plots},
-        sample=results.sample,
+        samples=results.samples,
         speed=[
             (
                 *(entry.get(key, MISSING) for key in ("name", "device")),
