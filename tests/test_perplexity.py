@@ -77,9 +77,9 @@ def test_standard_error_is_of_the_loss_over_windows(model, tokens):
 
 def test_small_chunks_give_the_same_number(model, tokens, monkeypatch):
     whole = perplexity(model, tokens, seq_len=20)
-    monkeypatch.setattr(module, "_CHUNK_ELEMENTS", 3 * VOCABULARY)
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 3 * VOCABULARY)
     assert perplexity(model, tokens, seq_len=20).value == pytest.approx(whole.value, rel=1e-6)
-    monkeypatch.setattr(module, "_CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 1)
     assert perplexity(model, tokens, seq_len=20).value == pytest.approx(whole.value, rel=1e-6)
 
 
@@ -94,11 +94,11 @@ class LargestFloat32(TorchDispatchMode):
 
 
 def test_float32_logits_never_exist_whole(model, monkeypatch):
-    monkeypatch.setattr(module, "_CHUNK_ELEMENTS", 4 * VOCABULARY)
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 4 * VOCABULARY)
     logits = torch.randn(1, 64, VOCABULARY, dtype=torch.bfloat16)
     batch = torch.randint(VOCABULARY, (1, 64))
     with LargestFloat32() as largest:
-        losses = module._window_losses(logits, batch)
+        losses = module.token_losses(logits, batch).mean(dim=1)
     expected = nn.functional.cross_entropy(logits[0, :-1].float(), batch[0, 1:])
     assert losses.item() == pytest.approx(expected.item(), rel=1e-6)
     assert 0 < largest.elements <= 4 * VOCABULARY
@@ -227,3 +227,53 @@ def test_the_trained_model_is_trained_and_pruning_it_costs():
     pruned = perplexity(tiny, test, seq_len=256)
     assert dense.value < 70
     assert pruned.loss - dense.loss > 0.2
+
+
+# --- sliding windows ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("stride", [1, 7, 19])
+@pytest.mark.parametrize("count", [12, 20, 21, 58, 107])
+def test_a_sliding_window_scores_each_token_once_after_the_most_context(model, tokens, stride, count):
+    text = tokens[:count]
+    length = min(20, count)
+    if stride >= length:
+        pytest.skip("a stride as long as the text")
+    total, end = 0.0, 1  # written anew: one window at a time
+    while end < count:
+        stop = length if end == 1 else min(end + stride, count)
+        window = text[stop - length : stop]
+        with torch.no_grad():
+            logits = model(input_ids=window[None]).logits[0, :-1].log_softmax(-1)
+        new = stop - end
+        total -= logits.gather(1, window[1:, None])[-new:].double().sum().item()
+        end = stop
+    found = perplexity(model, text, seq_len=20, stride=stride, batch_size=3)
+    assert found.tokens == count - 1 and found.stride == stride
+    assert found.loss == pytest.approx(total / (count - 1), rel=1e-5)
+    assert found.per(5) == pytest.approx(math.exp(total / 5), rel=1e-5)
+
+
+def test_perplexity_per_word_is_refused_where_tokens_were_left_out(model, tokens):
+    with pytest.raises(ConfigError, match="measure with a stride"):
+        perplexity(model, tokens, seq_len=20).per(9)
+    with pytest.raises(ConfigError, match="units=0"):
+        perplexity(model, tokens, seq_len=20, stride=4).per(0)
+    with pytest.raises(ConfigError, match="stride=20; expected 1 to 19"):
+        perplexity(model, tokens, seq_len=20, stride=20)
+
+
+def test_fewer_windows_a_pass_are_tried_where_memory_runs_out(model, tokens, monkeypatch, caplog):
+    expected = perplexity(model, tokens, seq_len=10)
+    forward, seen = model.forward, []
+
+    def small_memory(input_ids, **kwargs):
+        seen.append(len(input_ids))
+        if len(input_ids) > 3:
+            raise torch.OutOfMemoryError("no memory")
+        return forward(input_ids, **kwargs)
+
+    monkeypatch.setattr(model, "forward", small_memory)
+    found = perplexity(model, tokens, seq_len=10)
+    assert found.value == pytest.approx(expected.value, rel=1e-6) and found.windows == expected.windows
+    assert max(seen[-3:]) <= 3 and "memory ran out; going on with" in caplog.text
+    with pytest.raises(torch.OutOfMemoryError):  # a size that was asked for is kept
+        perplexity(model, tokens, seq_len=10, batch_size=5)
