@@ -28,6 +28,7 @@ packed.register(mask_reader=_read_mask_for_packing)
 _LAZY = {
     "prune": "criteria",
     "sensitivity": "criteria",
+    "agreement": "evaluation",
     "perplexity": "evaluation",
     "compress": "hub",
     "decompress": "hub",
