@@ -2,7 +2,28 @@
 """Measures of a model. They take any causal language model: dense, masked, PEFT or packed."""
 
 from .agreement import Agreement, agreement
+from .entries import agreement_entry, perplexity_entry, renewed, sample_entries, task_entries
+from .kick import KickAnswers, run_kick
+from .kick_data import KickTask, fetch_tasks, read_tasks
 from .perplexity import Perplexity, perplexity
 from .scores import TaskScore, mean_score, task_entry
 
-__all__ = ["Agreement", "Perplexity", "TaskScore", "agreement", "mean_score", "perplexity", "task_entry"]
+__all__ = [
+    "Agreement",
+    "KickAnswers",
+    "KickTask",
+    "Perplexity",
+    "TaskScore",
+    "agreement",
+    "agreement_entry",
+    "fetch_tasks",
+    "mean_score",
+    "perplexity",
+    "perplexity_entry",
+    "read_tasks",
+    "renewed",
+    "run_kick",
+    "sample_entries",
+    "task_entries",
+    "task_entry",
+]
