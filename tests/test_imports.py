@@ -106,9 +106,9 @@ def test_only_the_files_of_its_kernels_import_triton():
 
 def test_import_starts_no_cuda_loads_no_heavy_extras_or_kernels_and_registers_once():
     code = (
-        "import sys, torch, hf_nmsparse, importlib\n"
+        "import sys, torch, hf_nmsparse, hf_nmsparse.evaluation, importlib\n"
         "assert not torch.cuda.is_initialized()\n"
-        "heavy = {'matplotlib', 'datasets', 'gguf', 'rich', 'typer', 'transformers.trainer'} & set(sys.modules)\n"
+        "heavy = {'matplotlib', 'datasets', 'lm_eval', 'gguf', 'rich', 'typer', 'transformers.trainer'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
         # Triton itself may be there: torch._dynamo, which PEFT imports, loads it where it is installed.
         "kernels = [name for name in sys.modules if name.startswith('hf_nmsparse') and ('gluon' in name or 'triton' in name)]\n"

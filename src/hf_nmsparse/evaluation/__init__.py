@@ -3,12 +3,14 @@
 
 from .agreement import Agreement, agreement
 from .entries import agreement_entry, perplexity_entry, renewed, sample_entries, task_entries
+from .harness import SUITES, evaluate_tasks
 from .kick import KickAnswers, run_kick
 from .kick_data import KickTask, fetch_tasks, read_tasks
 from .perplexity import Perplexity, perplexity
 from .scores import TaskScore, mean_score, task_entry
 
 __all__ = [
+    "SUITES",
     "Agreement",
     "KickAnswers",
     "KickTask",
@@ -16,6 +18,7 @@ __all__ = [
     "TaskScore",
     "agreement",
     "agreement_entry",
+    "evaluate_tasks",
     "fetch_tasks",
     "mean_score",
     "perplexity",
