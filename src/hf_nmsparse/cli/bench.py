@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,8 +13,10 @@ import typer
 
 from ..errors import ConfigError
 from .common import STOPPED, WRONG_USE, Answer, size, table, tell, verb
-from .models import chosen_device, empty_model
+from .folders import Kind, kind_of
+from .models import base_of, chosen_device, empty_model
 from .options import DeviceOption, Dtype, JsonOption, listed
+from .recording import check_file, record_of
 from .streaming import available_memory
 
 if TYPE_CHECKING:
@@ -50,6 +51,10 @@ def bench(
         typer.Option("--tune", help="Time every kernel, and let this machine choose by these times from now on."),
     ] = False,
     output: Annotated[Path | None, typer.Option("--output", metavar="FILE", help="JSON file to write.")] = None,
+    record: Annotated[
+        bool,
+        typer.Option("--record", help="Write the times into results.json and the card of the local folder MODEL too."),
+    ] = False,
     json_output: JsonOption = False,
 ) -> None:
     """Time packed 2:4 layers against dense ones, in turn, on weights that no cache holds.
@@ -58,13 +63,19 @@ def bench(
     ~/.cache/hf_nmsparse): packed layers then take the fastest. Measure on an idle machine.
 
     Example: nmsparse bench --shape 4096x4096 --tokens 1,8,64 --values dense,int8 --tune
+
+    Example: nmsparse bench my-packed-model --tokens 1,64 --record
     """
     with verb(json_output) as answer:
         from ..results import environment
 
         if output is not None:
-            _check_output(output)
-        calls = _calls(model, shapes, tokens, values, dtype, _device(device))
+            check_file(output)
+        if record and model is None:
+            raise ConfigError("--record writes beside a model; name its folder as MODEL")
+        recorder = record_of(model, None, True, None) if record else None
+        stored = recorder.results.values if recorder else None
+        calls = _calls(model, shapes, tokens, values or ([stored] if stored else None), dtype, _device(device))
         _check_memory(calls)
         rows: list[LayerSpeed] = []
         facts: dict[str, object] = {"rows": [], "environment": environment()}
@@ -77,6 +88,8 @@ def bench(
                 facts["rows"] = [row.to_dict() for row in rows]
                 if output is not None:
                     _write(output, facts)  # after each: whoever stops keeps what was measured
+                if recorder is not None:
+                    recorder.add(speed=[_speed_entry(row, calls[0].device)])
         except (ConfigError, KeyboardInterrupt) as error:
             if not rows:
                 raise
@@ -88,17 +101,6 @@ def bench(
 
 
 # --- checks before anything is measured -----------------------------------------------------------------------------
-def _check_output(path: Path) -> None:
-    """Refuse a file that could not be written after minutes of measuring."""
-    if path.is_dir():
-        raise ConfigError(f"--output {path} is a folder; name a file to write")
-    nearest = next(parent for parent in path.absolute().parents if parent.exists())  # folders below it are made
-    if not nearest.is_dir():
-        raise ConfigError(f"--output {path}: {nearest} is a file; name a file in a folder")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise ConfigError(f"--output {path}: no permission to write into {nearest}; name a file elsewhere")
-
-
 def _device(name: str | None) -> torch.device:
     import torch
 
@@ -170,6 +172,9 @@ def _calls(
 def _shapes_of(model: str) -> list[tuple[int, int]]:
     from ..packed.layers import dense_weight, linear_layers, unpackable_layers
 
+    folder = Path(model)
+    if folder.is_dir() and kind_of(folder) is Kind.MASK:
+        model = base_of(folder)
     empty = empty_model(model)
     left_out = unpackable_layers(empty)
     shapes = {tuple(dense_weight(m).shape) for name, m in linear_layers(empty).items() if name not in left_out}
@@ -217,6 +222,28 @@ def _measure(calls: list[Call24], rounds: int) -> Iterator[LayerSpeed]:
     for call in tqdm(calls, desc="layers", disable=None):
         with _room_for(call):
             yield from measure_layer(call, roofline, rounds)
+
+
+def _speed_entry(row: LayerSpeed, device: torch.device) -> dict[str, object]:
+    """A row of `RunResults.speed`."""
+    import torch
+
+    from ..ops.machine import cpu_name
+
+    values = "" if row.values == "dense" else f", {row.values} values"
+    return {
+        "name": f"linear {row.shape[0]}x{row.shape[1]}, {row.dtype}{values}, memory {row.memory}",
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{cpu_name()}, {torch.get_num_threads()} threads",
+        "tokens": row.tokens,
+        "milliseconds": row.milliseconds,
+        "dense_milliseconds": row.dense_milliseconds,
+        "ratio": row.speedup,
+        "low": row.speedup_low,
+        "high": row.speedup_high,
+        "kernel": row.kernel,
+    }
 
 
 # --- what is said ---------------------------------------------------------------------------------------------------
