@@ -15,8 +15,8 @@ from markdown_it import MarkdownIt
 
 from hf_nmsparse import NMSparseConfig
 from hf_nmsparse.errors import ConfigError
-from hf_nmsparse.hub.card import MISSING, card_text, terms_of, write_card
-from hf_nmsparse.results import RunResults
+from hf_nmsparse.hub.card import card_text, terms_of, update_card, write_card
+from hf_nmsparse.results import MISSING, RunResults
 
 HOSTILE = (
     "x: 'a' \"b\"\n---\n# h {{ 7*7 }} {% raw %} <script>alert(1)</script> | ``` *e* [l](u) \x00\x85\u2028 \\ __i__"
@@ -160,7 +160,9 @@ def test_hostile_text_breaks_neither_metadata_nor_page(kind, tmp_path):
     results = RunResults(
         base_model=HOSTILE, base_revision=HOSTILE, pattern=HOSTILE, method=HOSTILE, sparse_layers=[HOSTILE],
         dense_layers=[HOSTILE] * 9, data=keyed, perplexity={HOSTILE: 3.0, "dense": 2.0}, sizes={HOSTILE: 3},
-        speed=[{"name": HOSTILE, "device": HOSTILE, "tokens": HOSTILE}], command=HOSTILE, environment=keyed,
+        speed=[{"name": HOSTILE, "device": HOSTILE, "tokens": HOSTILE}],
+        tasks=[{"task": HOSTILE, "metric": HOSTILE, "this": HOSTILE, "lost": HOSTILE, "chance": HOSTILE, "measured_by": HOSTILE}],
+        agreement=[{"text": HOSTILE, "kl": HOSTILE, "top1": HOSTILE}], command=HOSTILE, environment=keyed,
         terms={"slorb_block": HOSTILE, "delta_rank": HOSTILE}, fused_experts=[HOSTILE], delta_to=HOSTILE,
     )  # fmt: skip
     text = card_text(results, kind, license=HOSTILE, language=[HOSTILE], repo_id=HOSTILE)
@@ -174,7 +176,7 @@ def test_hostile_text_breaks_neither_metadata_nor_page(kind, tmp_path):
     for block in code_blocks(card.text, "python"):
         ast.parse(block)
     for table in re.findall(r"<tr>(.*?)</tr>", page, flags=re.DOTALL):
-        assert len(re.findall(r"<t[dh]", table)) in (2, 3, 5)
+        assert len(re.findall(r"<t[dh]", table)) in (2, 3, 4, 5, 8)
 
 
 TERMS = {"slorb_block": 16, "low_rank": 8, "delta_rank": 4}
@@ -295,3 +297,55 @@ def test_a_merged_side_branch_is_told_to_make_dense_weights():
     text = card_text(sample_results(terms=TERMS, sparse_layers=[]), "masked")
     assert "These are dense" in text and "compress the base model with its mask" in text and "are zero" not in text
     assert "nms.compress(model)" not in text
+
+
+# --- tasks and agreement --------------------------------------------------------------------------------------------
+TASKS = [
+    {"task": "arc_easy", "metric": "acc", "this": 0.5125, "standard_error": 0.011, "dense": 0.5625, "items": 2376, "chance": 0.25,
+     "dense_standard_error": 0.0101, "difference_standard_error": 0.004, "lost": 150, "won": 31, "measured_by": "lm-eval 0.4.13"},
+    {"task": "summary", "metric": "rouge_dense", "this": 0.31, "items": 12, "measured_by": "hf-nmsparse"},
+]  # fmt: skip
+AGREEMENT = [
+    {
+        "text": "law.txt",
+        "top1": 0.731,
+        "top1_standard_error": 0.004,
+        "kl": 0.512,
+        "kl_standard_error": 0.01,
+        "tokens": 8184,
+    }
+]
+
+
+def test_tasks_and_agreement_are_told_with_their_errors_and_counted_as_measured(tmp_path):
+    results = dataclasses.replace(sample_results(), tasks=TASKS, agreement=AGREEMENT)
+    card = load(card_text(results, "packed", repo_id=REPO), tmp_path)
+    assert "| arc_easy | acc | 0.5625 ± 0.01 | 0.5125 ± 0.011 | -0.05 ± 0.004 | 150 / 31 | 2,376 | 0.25 |" in card.text
+    assert "| summary | rouge_dense | not measured | 0.31 | not measured |  | 12 |  |" in card.text
+    assert "| law.txt | 73.1 % ± 0.4 | 0.512 ± 0.01 | 8,184 |" in card.text
+    assert "Measured by hf-nmsparse, lm-eval 0.4.13." in card.text
+    assert "the tasks arc_easy, summary only; other text and other tasks were not measured" in card.text
+    found = {(result.dataset_name, result.metric_type): result.metric_value for result in card.data.eval_results}
+    assert found[("arc_easy", "acc")] == 0.5125 and card.data.metrics == ["perplexity", "acc", "rouge_dense"]
+
+
+def test_a_sliding_window_is_not_given_for_the_papers_perplexity(tmp_path):
+    entry = {"text": "law.txt", "dense": 20.0, "this": 31.25, "tokens": 9, "sequence_length": 8, "stride": 4}
+    card = load(card_text(RunResults(evaluations=[entry]), "mask"), tmp_path)
+    assert card.data.eval_results is None and "law.txt (stride 4)" in card.text
+
+
+def test_a_card_gains_the_sections_of_what_is_measured_later_and_keeps_the_rest(tmp_path):
+    results = sample_results()
+    write_card(tmp_path, results, "mask", license="mit")
+    path = tmp_path / "README.md"
+    path.write_text(path.read_text() + "\n## Tasks we had in mind\n\nmany\n")
+    before = path.read_text()
+    for tasks in (TASKS[:1], TASKS):  # the second time in place of the first
+        update_card(tmp_path, dataclasses.replace(results, tasks=tasks, agreement=AGREEMENT), "mask")
+    text = path.read_text()
+    assert text.count("## Tasks\n") == text.count("## Agreement with the dense model\n") == 1
+    assert text.index("## Tasks\n") < text.index("## Agreement") < text.index("## Size")
+    assert "rouge_dense" in text and "license: mit" in text and text.endswith("## Tasks we had in mind\n\nmany\n")
+    update_card(tmp_path, results, "mask")  # of results that know nothing of them
+    assert "arc_easy" in path.read_text() and "## Tasks" not in before.replace("## Tasks we", "")

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 import hf_nmsparse as nms
 from hf_nmsparse.cli.folders import Kind, kind_of
+from hf_nmsparse.ops.linear24 import measure
 from hf_nmsparse.results import RunResults
 
 SHORT = "--sequence-length 32"
@@ -114,6 +115,19 @@ def test_eval_records_each_text_beside_the_dense_model_in_results_and_card(there
     assert card.text.count("| test.txt |") == 2 and "Evaluated on test.txt, test.txt only" in card.text
     assert card.data.license == "mit" and card.text.endswith("## My notes\n\nfine\n")
     assert nms.verify(folder).ok
+
+
+def test_bench_records_times_of_a_models_sparse_layers_in_results_and_card(there, monkeypatch):
+    monkeypatch.setattr(measure, "measure_roofline", lambda device, dtype: measure.Roofline(1e9, 1e9))
+    run("prune base --criterion magnitude --output pruned")
+    found = facts("bench pruned/mask --tokens 1 --rounds 3 --record")
+    speed = RunResults.read("pruned/mask/results.json").speed
+    assert len(speed) == len(found["rows"]) == 2 * 4  # both memory modes of each shape, without the head
+    assert {row["ratio"] for row in speed} == {row["speedup"] for row in found["rows"]}
+    assert all(row["device"] and row["kernel"] and row["low"] <= row["ratio"] <= row["high"] for row in speed)
+    text = ModelCard.load("pruned/mask/README.md").text
+    assert "linear 64x32, bfloat16, memory low" in text and nms.verify("pruned/mask").ok
+    assert "name its folder" in run("bench --shape 32x32 --tokens 1 --rounds 3 --record", 2).stderr
 
 
 def test_record_needs_a_folder_with_results_and_then_changes_nothing(there):

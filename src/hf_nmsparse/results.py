@@ -22,6 +22,7 @@ from .pattern import Pattern, parse_pattern
 
 SCHEMA_VERSION = 1
 MISSING = "not measured"
+_LISTS_OF_OBJECTS = ("evaluations", "tasks", "agreement", "samples", "history", "layers", "speed")
 
 
 @dataclass
@@ -142,7 +143,7 @@ class RunResults:
         """Read what `write` wrote.
 
         Raises:
-            FormatError: if the file is not JSON, or of a newer schema.
+            FormatError: if the file is not JSON, of a newer schema, or a list in it does not hold what it should.
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -154,6 +155,10 @@ class RunResults:
                 f"{path}: results schema version {version!r}, this hf_nmsparse reads {SCHEMA_VERSION}; upgrade hf-nmsparse "
                 "or run the command again"
             )
+        for name in _LISTS_OF_OBJECTS:
+            rows = content.get(name, [])
+            if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+                raise FormatError(f"{path}: {name} must be a list of objects; the file is damaged")
         known = {f.name for f in dataclasses.fields(cls)}
         return cls(**{key: value for key, value in content.items() if key in known})
 

@@ -74,8 +74,11 @@ def bench(
         if record and model is None:
             raise ConfigError("--record writes beside a model; name its folder as MODEL")
         recorder = record_of(model, None, True, None) if record else None
-        stored = recorder.results.values if recorder else None
-        calls = _calls(model, shapes, tokens, values or ([stored] if stored else None), dtype, _device(device))
+        sparse_layers = []
+        if recorder is not None:  # what the card is about: its own layers, as they are stored
+            sparse_layers = recorder.results.sparse_layers
+            values = values or ([recorder.results.values] if recorder.results.values else None)
+        calls = _calls(model, sparse_layers, shapes, tokens, values, dtype, _device(device))
         _check_memory(calls)
         rows: list[LayerSpeed] = []
         facts: dict[str, object] = {"rows": [], "environment": environment()}
@@ -145,6 +148,7 @@ def _too_large(call: Call24) -> ConfigError:
 # --- what is measured -----------------------------------------------------------------------------------------------
 def _calls(
     model: str | None,
+    layers: list[str],
     shapes: list[str] | None,
     tokens: list[str] | None,
     values: list[str] | None,
@@ -161,7 +165,7 @@ def _calls(
     kinds = listed(values) or ["dense"]
     if unknown := [kind for kind in kinds if kind not in VALUE_KINDS]:
         raise ConfigError(f"--values {unknown[0]}: use one of {', '.join(VALUE_KINDS)}")
-    sizes = _shapes_of(model) if model is not None else [_shape(text) for text in listed(shapes) or _SHAPES]
+    sizes = _shapes_of(model, layers) if model is not None else [_shape(text) for text in listed(shapes) or _SHAPES]
     counts = [_count(text) for text in listed(tokens) or _TOKENS]
     number_type = torch.bfloat16 if dtype is Dtype.AUTO else getattr(torch, dtype.value)
     return [
@@ -169,7 +173,8 @@ def _calls(
     ]
 
 
-def _shapes_of(model: str) -> list[tuple[int, int]]:
+def _shapes_of(model: str, layers: list[str]) -> list[tuple[int, int]]:
+    """Shapes of these layers of a model, without any of all that can be packed."""
     from ..packed.layers import dense_weight, linear_layers, unpackable_layers
 
     folder = Path(model)
@@ -177,7 +182,8 @@ def _shapes_of(model: str) -> list[tuple[int, int]]:
         model = base_of(folder)
     empty = empty_model(model)
     left_out = unpackable_layers(empty)
-    shapes = {tuple(dense_weight(m).shape) for name, m in linear_layers(empty).items() if name not in left_out}
+    found = {name: module for name, module in linear_layers(empty).items() if name not in left_out}
+    shapes = {tuple(dense_weight(module).shape) for name, module in found.items() if not layers or name in layers}
     if not shapes:
         raise ConfigError(f"{model} has no linear layer that can be packed")
     return sorted(shapes)

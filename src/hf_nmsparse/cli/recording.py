@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError, FormatError
+from ..errors import ConfigError
 from .common import command_line, new_results
 from .folders import RESULTS_FILE, Kind, kind_of
 
@@ -75,38 +75,26 @@ def record_of(model: str, mask: str | None, into_folder: bool, output: Path | No
         ConfigError: if the folder cannot be recorded in, or the output is no place for a file.
         FormatError: if a results file is damaged.
     """
+    from ..results import RunResults
+
     folder = Path(model)
     if output is not None:
         check_file(output)
     if into_folder:
         return Record(_recorded(model, mask), folder, output)
     if output is not None and output.is_file():
-        return Record(read_results(output), None, output)
+        return Record(RunResults.read(output), None, output)
     if mask is None and (folder / RESULTS_FILE).is_file():
-        return Record(read_results(folder / RESULTS_FILE), None, output)
+        return Record(RunResults.read(folder / RESULTS_FILE), None, output)
     if mask is not None and (Path(mask) / RESULTS_FILE).is_file():
-        return Record(read_results(Path(mask) / RESULTS_FILE), None, output)
+        return Record(RunResults.read(Path(mask) / RESULTS_FILE), None, output)
     return Record(new_results(command=None), None, output)
-
-
-def read_results(path: Path) -> RunResults:
-    """Results whose lists are lists of objects.
-
-    Raises:
-        FormatError: if they are damaged.
-    """
-    from ..results import RunResults
-
-    results = RunResults.read(path)
-    for field in _SAME:
-        rows = getattr(results, field)
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise FormatError(f"{path}: {field} must be a list of objects; the file is damaged")
-    return results
 
 
 def _recorded(model: str, mask: str | None) -> RunResults:
     """The results beside a model or mask, which can be added to."""
+    from ..results import RunResults
+
     folder = Path(model)
     if mask is not None:
         raise ConfigError("--record writes beside what it evaluates: name the mask itself, without --mask")
@@ -121,7 +109,7 @@ def _recorded(model: str, mask: str | None) -> RunResults:
         raise ConfigError(
             f"--record adds to {RESULTS_FILE}, and {model} has none; prune, train, merge, compress and import-mask write it"
         )
-    results = read_results(folder / RESULTS_FILE)
+    results = RunResults.read(folder / RESULTS_FILE)
     if kind is not Kind.MASK and not results.base_model:
         raise ConfigError(f"{folder / RESULTS_FILE} does not name the base model, so there is nothing to compare with")
     return results
