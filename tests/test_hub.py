@@ -21,7 +21,7 @@ from hf_nmsparse.adapter import mask_layers
 from hf_nmsparse.errors import ConfigError, FormatError, HubError
 
 MASK, PACKED = "user/mask", "user/packed"
-MASK_FILES = {".gitattributes", "README.md", "adapter_config.json", "adapter_model.safetensors"}
+MASK_FILES = {".gitattributes", "README.md", "adapter_config.json", "adapter_model.safetensors", "results.json"}
 
 
 @pytest.fixture

@@ -87,7 +87,7 @@ def test_every_door_gives_the_same_output(published, base_folder, tokens, door):
 
 def test_the_folder_holds_codes_config_and_card(published):
     folder, _ = published
-    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "adapter_config.json", FILE]
+    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "adapter_config.json", FILE, "results.json"]
     tensors = load_file(folder / FILE)
     assert len(tensors) == 3 * 14 and {t.dtype for t in tensors.values()} == {torch.uint8}
     codes = tensors[f"{KEY}.nmsparse_packed"]

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from .errors import FormatError
 
+RESULTS_FILE = "results.json"  # what is known of a mask or model, beside it
+
 
 def write_file(path: str | os.PathLike, data: bytes | str) -> Path:
     """Write a file whole or not at all: temporary file in the same folder, fsync, rename."""

@@ -22,8 +22,8 @@ from ..evaluation import (
     sample_entries,
     task_entries,
 )
+from ..files import RESULTS_FILE
 from .common import Answer, facts_table, table, tell
-from .folders import RESULTS_FILE
 from .models import load_any, load_model, load_tokenizer, put_mask, stream, window_length
 from .options import Dtype
 from .recording import Record, record_of

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..files import RESULTS_FILE
 from .common import tell, verb
 from .compress import refuse_mask_options, results_of
-from .folders import RESULTS_FILE, Kind, check_output, folder_bytes, output_folder, written_line
+from .folders import Kind, check_output, folder_bytes, output_folder, written_line
 from .models import copy_tokenizer, load_any, load_model, put_mask
 from .options import (
     DryRunOption,

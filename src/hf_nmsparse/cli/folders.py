@@ -10,10 +10,9 @@ from enum import Enum
 from pathlib import Path
 
 from ..errors import ConfigError
-from ..files import read_json, staged_folder
+from ..files import RESULTS_FILE, read_json, staged_folder
 from .common import size
 
-RESULTS_FILE = "results.json"
 CHECKPOINTS = "checkpoints"
 NPZ_FILE = "mask_compressed.npz"  # as hub/npz_masks.py writes it
 MASK_FOLDER = "mask"  # the mask of a pruned model, inside its folder

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigError, FormatError
-from ..files import read_json
+from ..files import RESULTS_FILE, read_json
 from .common import facts_table, size, verb
-from .folders import RESULTS_FILE, Kind, checkpoints_in, folder_bytes, kind_of
+from .folders import Kind, checkpoints_in, folder_bytes, kind_of
 from .models import locate
 from .options import JsonOption, RevisionOption, TaskOption
 

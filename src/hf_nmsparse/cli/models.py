@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, NMSparseError
-from ..files import read_json
+from ..files import RESULTS_FILE, read_json
 from .common import command_line, new_results
-from .folders import RESULTS_FILE, Kind, kind_of
+from .folders import Kind, kind_of
 from .options import Dtype
 
 if TYPE_CHECKING:

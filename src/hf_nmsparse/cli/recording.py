@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
+from ..files import RESULTS_FILE
 from .common import command_line, new_results
-from .folders import RESULTS_FILE, Kind, kind_of
+from .folders import Kind, kind_of
 
 if TYPE_CHECKING:
     from ..results import RunResults

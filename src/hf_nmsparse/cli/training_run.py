@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
+from ..files import RESULTS_FILE
 from .common import Answer, new_results, table, tell
-from .folders import RESULTS_FILE, Kind, output_folder, written_line
+from .folders import Kind, output_folder, written_line
 from .models import fetching, load_model, load_tokenizer, revision_of, stream, window_length
 from .options import Dtype
 from .pruning_run import described
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 _CALIBRATION_SAMPLES = 128
 _WATCHED_WINDOWS = 4  # of the evaluation text, for nm/hard_eval_loss at each log line
-_MASK_FILE = "adapter_model.safetensors"
 
 
 @dataclass
@@ -219,8 +219,7 @@ class TrainingRun:
 
     def publish(self, answer: Answer, trainer: NMSparseTrainer, output: Path) -> None:
         """Measure the learned mask and write it, with card and results, into `output`."""
-        from ..hub.card import write_card
-        from ..pattern import NMPattern
+        from ..results import RunResults
 
         self.measure("learned", trainer.model)
         if trainer.model.peft_config["default"].has_side_branch:
@@ -233,13 +232,8 @@ class TrainingRun:
             return
         with output_folder(output) as staging:
             self._save(trainer.model, staging, results)
-            size = (staging / _MASK_FILE).stat().st_size
-            results.sizes["mask"] = size
-            results.mask_bits_per_weight = 8 * size / _masked_weights(trainer.model)
-            results.mask_bits_bound = NMPattern(results.pattern).entropy_bits_per_weight
-            write_card(staging, results, "mask")  # again, now that the sizes are known
-            results.write(staging / RESULTS_FILE)
-        mask = {"mask_bytes": size, "bits_per_weight": results.mask_bits_per_weight}
+            results = RunResults.read(staging / RESULTS_FILE)
+        mask = {"mask_bytes": results.sizes["mask"], "bits_per_weight": results.mask_bits_per_weight}
         self._tell_of(answer, results, {"output": str(output), **mask})
         answer.show(f"{results.steps} steps, {results.mask_bits_per_weight:.3f} bit a weight", written_line(output))
 
@@ -367,9 +361,3 @@ def result_kind(config: NMSparseConfig) -> Kind:
     from ..pattern import NMPattern
 
     return Kind.PACKED if inside_24(NMPattern(config.pattern)) else Kind.MODEL
-
-
-def _masked_weights(model: nn.Module) -> int:
-    from ..adapter import mask_layers
-
-    return sum(layer.in_features * layer.out_features for layer in mask_layers(model).values())

@@ -8,7 +8,8 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .folders import MASK_FOLDER, RESULTS_FILE, folder_bytes, kind_of, output_folder
+from ..files import RESULTS_FILE
+from .folders import MASK_FOLDER, folder_bytes, kind_of, output_folder
 from .models import copy_tokenizer
 
 if TYPE_CHECKING:
@@ -78,25 +79,17 @@ def write_pruned(
 def write_mask(model: nn.Module, folder: Path, results: RunResults, report: PruneReport) -> dict[str, Any]:
     """The mask with its own card and results; `results` of the model get its size too."""
     from ..hub import save_mask
-    from ..hub.card import write_card
-    from ..pattern import NMPattern
+    from ..results import RunResults
 
     own = copy.deepcopy(results)
     own.kept_weights = "keep"
     if results.kept_weights != "keep":
         own.layers = []  # their errors are those of the new weights
     save_mask(model, folder, results=own, report=report)
-    own.pattern, own.sparse_layers = report.pattern, sorted(report.codes)
-    own.fused_experts = sorted(name for name, codes in report.codes.items() if codes.fused_experts)
-    size = folder_bytes(folder)
-    weights = sum(rows * columns for rows, columns in (codes.shape for codes in report.codes.values()))
-    for one in (own, results):
-        one.sizes["mask"] = size
-        one.mask_bits_per_weight = 8 * size / weights
-        one.mask_bits_bound = NMPattern(report.pattern).entropy_bits_per_weight
-    write_card(folder, own, "mask")  # again, now that its size is known
-    own.write(folder / RESULTS_FILE)
-    return {"mask_bytes": size, "bits_per_weight": results.mask_bits_per_weight}
+    written = RunResults.read(folder / RESULTS_FILE)
+    results.sizes["mask"] = written.sizes["mask"]
+    results.mask_bits_per_weight, results.mask_bits_bound = written.mask_bits_per_weight, written.mask_bits_bound
+    return {"mask_bytes": written.sizes["mask"], "bits_per_weight": written.mask_bits_per_weight}
 
 
 def _weight_names(results: RunResults) -> list[str]:

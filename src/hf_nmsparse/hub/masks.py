@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,7 +29,7 @@ from ..adapter import (
 )
 from ..criteria import PruneReport
 from ..errors import BaseModelMismatchError, ConfigError, FormatError
-from ..files import staged_folder
+from ..files import RESULTS_FILE, staged_folder
 from ..fingerprint import digest, rounding_hint, to_hex
 from ..pattern import NMPattern, parse_pattern
 from ..results import RunResults
@@ -50,7 +51,7 @@ def save_mask(
     delta_to_revision: str | None = None,
     delta_to_task: str | None = None,
 ) -> Path:
-    """Publish a mask into a folder: codes, config and card. The model stays as it is.
+    """Publish a mask into a folder: codes, config, results and card. The model stays as it is.
 
     It is the hard mask of an adapter, with the terms beside it (SLoRB, low rank, delta) in the dtype of the base weight; or,
     with `report`, the one that one-shot pruning chose. That is the mask of the dense model as it was before: new values
@@ -61,8 +62,8 @@ def save_mask(
             not, of which only class and config are read.
         folder (`str` or `Path`): written whole or not at all; other files in it stay.
         adapter_name (`str`, *optional*): which adapter; the active one by default.
-        results (`RunResults`, *optional*): what was measured, for the card. With `report` the base model is the one that
-            they name, if they do.
+        results (`RunResults`, *optional*): what was measured, for the card and results.json, which get the mask's size too.
+            With `report` the base model is the one that they name, if they do.
         report (`PruneReport`, *optional*): what `nms.prune` returned.
         delta_to (`str` or `Path`, *optional*): folder or Hub repo of a general mask of the same pattern and layers: only the
             groups that differ from it are stored, and `nms.load_mask` needs both. A folder is remembered by its path
@@ -79,11 +80,11 @@ def save_mask(
     """
     results = copy.deepcopy(results) if results is not None else RunResults()
     if report is None:
-        config, tensors = _of_adapter(model, adapter_name, results)
+        config, tensors, weights = _of_adapter(model, adapter_name, results)
     elif adapter_name is not None or mask_layers(model):
         raise ConfigError("report= is for a plain pruned model; leave it out to publish the mask of an adapter")
     else:
-        config, tensors = _of_report(model, report, results)
+        config, tensors, weights = _of_report(model, report, results)
     base_class = type(_plain(model))  # AutoPeftModel finds the base's class by this
     config.auto_mapping = {"base_model_class": base_class.__name__, "parent_library": base_class.__module__}
     results.pattern, results.terms = config.pattern, terms_of(config)
@@ -94,19 +95,24 @@ def save_mask(
         general = place_of_general(delta_to, delta_to_revision, delta_to_task, folder)
         tensors = _only_changes(tensors, config, read_mask(delta_to, general.revision, delta_to_task))
         results.delta_to = str(general)
+    content = save(tensors, metadata={"format": "pt"})
+    results.sizes["mask"] = len(content)
+    results.mask_bits_per_weight = 8 * len(content) / weights
+    results.mask_bits_bound = NMPattern(config.pattern).entropy_bits_per_weight
     with staged_folder(folder) as staging:
-        (staging / SAFETENSORS_WEIGHTS_NAME).write_bytes(save(tensors, metadata={"format": "pt"}))
+        (staging / SAFETENSORS_WEIGHTS_NAME).write_bytes(content)
         config.save_pretrained(str(staging))
         if general is not None:
             write_reference(staging, general)
+        results.write(staging / RESULTS_FILE)
         (staging / "README.md").write_text(card_text(results, "mask"), encoding="utf-8")
     return Path(folder)
 
 
 def _of_adapter(
     model: nn.Module, adapter_name: str | None, results: RunResults
-) -> tuple[NMSparseConfig, dict[str, torch.Tensor]]:
-    """Config and tensors of an adapter's mask; `results` gets its layers."""
+) -> tuple[NMSparseConfig, dict[str, torch.Tensor], int]:
+    """Config, tensors and number of weights of an adapter's mask; `results` gets its layers."""
     adapter_name = adapter_name or active_mask(model)
     layers = mask_layers(model, adapter_name)
     if not layers:
@@ -129,13 +135,14 @@ def _of_adapter(
         tensors |= _stored_tensors(place, layers[name], adapter_name)
     results.sparse_layers = sorted(layers)
     results.fused_experts = sorted(name for name in parameters if layers[name].base_weight.is_fused_experts)
-    return published_config(stored, linear, parameters), tensors
+    weights = sum(math.prod(layer.base_weight.shape) for layer in layers.values())
+    return published_config(stored, linear, parameters), tensors, weights
 
 
 def _of_report(
     model: nn.Module, report: PruneReport, results: RunResults
-) -> tuple[NMSparseConfig, dict[str, torch.Tensor]]:
-    """Config and tensors of the mask that pruning chose; `results` gets its layers."""
+) -> tuple[NMSparseConfig, dict[str, torch.Tensor], int]:
+    """Config, tensors and number of weights of the mask that pruning chose; `results` gets its layers."""
     if not report.codes:
         raise ConfigError(f"the report holds no mask to publish: {why_no_mask(report)}")
     linear = [name for name, codes in report.codes.items() if not codes.fused_experts]
@@ -154,7 +161,8 @@ def _of_report(
     )
     results.sparse_layers, results.fused_experts = sorted(report.codes), sorted(parameters)
     results.method = results.method or report.criterion
-    return published_config(config, linear, parameters), tensors
+    weights = sum(math.prod(codes.shape) for codes in report.codes.values())
+    return published_config(config, linear, parameters), tensors, weights
 
 
 def why_no_mask(report: PruneReport) -> str:

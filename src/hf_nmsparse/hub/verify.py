@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from .. import ops
 from ..adapter import linear_and_expert_weights, mask_layers
 from ..errors import ConfigError, FormatError
+from ..files import RESULTS_FILE
 from ..packed import SparseLinear24
 from ..packed.checkpoint import check_packed_files, check_slorb_block, check_values
 from ..pattern import NMPattern, Pattern, parse_pattern
@@ -28,8 +29,6 @@ from .mask_file import PublishedMask, read_mask
 from .remote import local_folder
 
 logger = logging.getLogger(__name__)
-
-RESULTS_FILE = "results.json"
 
 
 @dataclass
