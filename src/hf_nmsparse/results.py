@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import sys
@@ -22,7 +21,6 @@ from .pattern import Pattern, parse_pattern
 
 SCHEMA_VERSION = 1
 MISSING = "not measured"
-_LISTS_OF_OBJECTS = ("evaluations", "tasks", "agreement", "samples", "history", "layers", "speed")
 
 
 @dataclass
@@ -143,11 +141,11 @@ class RunResults:
         """Read what `write` wrote.
 
         Raises:
-            FormatError: if the file is not JSON, of a newer schema, or a list in it does not hold what it should.
+            FormatError: if the file is not JSON, of a newer schema, or a field holds something else than it should.
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
             raise FormatError(f"{path} is not JSON ({error}); it is no results file") from error
         version = content.get("schema_version") if isinstance(content, dict) else None
         if version != SCHEMA_VERSION:
@@ -155,17 +153,38 @@ class RunResults:
                 f"{path}: results schema version {version!r}, this hf_nmsparse reads {SCHEMA_VERSION}; upgrade hf-nmsparse "
                 "or run the command again"
             )
-        for name in _LISTS_OF_OBJECTS:
-            rows = content.get(name, [])
-            if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-                raise FormatError(f"{path}: {name} must be a list of objects; the file is damaged")
-        known = {f.name for f in dataclasses.fields(cls)}
-        return cls(**{key: value for key, value in content.items() if key in known})
+        known = {f.name: str(f.type) for f in dataclasses.fields(cls) if f.name in content}
+        for name, kind in known.items():
+            if (expected := _misfit(content[name], kind)) is not None:
+                raise FormatError(
+                    f"{path}: {name} must be {expected}, got {_short(content[name])}; the file is damaged"
+                )
+        return cls(**{name: content[name] for name in known})
+
+
+def _misfit(value: Any, kind: str) -> str | None:
+    """What a field of this annotation must be, if `value` is something else. Single numbers are checked where they are used."""
+    if kind.startswith("list[dict"):
+        fits = isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
+        return None if fits else "a list of objects"
+    if kind.startswith("list"):
+        return None if isinstance(value, list) else "a list"
+    if kind.startswith("dict"):
+        return None if isinstance(value, dict) else "an object"
+    if kind.startswith("str"):
+        return None if value is None or isinstance(value, str) else "a text"
+    return None
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def is_finite(value: Any) -> bool:
     """Whether `value` is a number that can be plotted and compared."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    limit = sys.float_info.max  # whole numbers may be larger, which nothing can plot
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -limit <= value <= limit
 
 
 def number(value: Any) -> str:
