@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import html
 import io
 import math
 import re
@@ -14,64 +13,18 @@ import matplotlib
 import numpy
 import pytest
 from PIL import Image
+from report_samples import HOSTILE, sample_results, words
 
-from hf_nmsparse.errors import UnsupportedError
-from hf_nmsparse.report import facts, layers, write_report
+from hf_nmsparse.errors import FormatError, UnsupportedError
+from hf_nmsparse.report import facts, layers, measured, write_report
 from hf_nmsparse.report.canvas import DARK, LIGHT
 from hf_nmsparse.report.figures import draw
 from hf_nmsparse.report.html import render
 from hf_nmsparse.results import MISSING, RunResults
 
-HOSTILE = "$\\x{$ <script>alert('x')</script> & \"q\" {{ 7*7 }} {% if %} $\\frac{$ \n---\n\x00 | ```"
-
-
-def sample_results() -> RunResults:
-    parts = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
-    names = [f"model.layers.{i}.{part}.{kind}" for i in range(6) for part, kinds in parts.items() for kind in kinds]
-    history = [
-        {"step": s, "loss": 4 + 3.6 * math.exp(-s / 12), "nm/flip_rate": s / 4000, "nm/max_prob": 0.6 + s / 500,
-         "nm/entropy": 1.5 - s / 100, "nm/temperature": 4 - s / 30, "nm/logit_scale": 100 + 4 * s}
-        for s in range(1, 101, 5)
-    ]  # fmt: skip
-    return RunResults(
-        base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
-        base_revision="12fd25f77366fa6b3b4b768ec3050bf629380bac",
-        pattern="2:4",
-        method="candidates (prior polish)",
-        sparse_layers=names,
-        dense_layers=["lm_head"],
-        data={"calibration": "wiki train, 32,768 tokens", "training": "wiki train", "evaluation": "wiki test"},
-        seed=1234,
-        perplexity={
-            "dense": 24.45,
-            "magnitude": 1920.3,
-            "wanda": 216.9,
-            "polish": 147.1,
-            "learned": 57.3,
-            "packed": 57.3,
-        },
-        perplexity_tokens=32768,
-        perplexity_sequence_length=1024,
-        mask_bits_per_weight=0.6684,
-        mask_bits_bound=0.64624,
-        packed_ratio=0.5627,
-        sizes={"mask": 8_873_216, "packed_model": 176_400_112, "dense_model": 269_060_552},
-        reload_bit_equal=True,
-        base_unchanged=True,
-        steps=193,
-        planned_steps=300,
-        seconds=2391.0,
-        seconds_by_stage={"load": 9.2, "training": 1860.0, "evaluation": 240.0},
-        history=[*history, {"step": 50, "nm/hard_eval_loss": 4.37}, {"step": 100, "nm/hard_eval_loss": 4.05}],
-        layers=[{"name": n, "relative_error": 0.05 + 0.001 * k, "flip_rate": 0.002 * k} for k, n in enumerate(names)],
-        samples=[{"prompt": "The capital of France is", "dense": " Paris.", "packed": " Paris, of course."}],
-        speed=[{"name": "linear 576x1536", "tokens": 1, "milliseconds": 0.0312, "ratio": 1.31, "device": "some CPU"}],
-        command="nmsparse demo --pattern 2:4",
-        environment={"torch": "2.13.0", "python": "3.11.2"},
-    )
-
-
-ALL_PLOTS = ["perplexity", "training", "mask", "layer_error", "layer_flips", "sizes", "time"]
+ALL_PLOTS = [
+    "perplexity", "tasks", "agreement_layers", "training", "mask", "layer_error", "layer_flips", "layer_map", "sizes", "time",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -82,12 +35,6 @@ def plots():
 @pytest.fixture(scope="module")
 def page(plots):
     return render(sample_results(), plots)
-
-
-def words(page: str) -> str:
-    """What a reader sees: text without tags, pictures and style."""
-    body = page[page.index("<body>") :]
-    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", body)).split())
 
 
 # --- the page -------------------------------------------------------------------------------------------------------
@@ -103,7 +50,7 @@ def test_page_is_self_contained(page):
     assert not re.search(r"<(script|link|iframe|object)\b", page)
     assert not re.search(r"(https?:)?//[a-z]", re.sub(r"base64,[^\"]+", "", page))
     sources = re.findall(r"(?:src|srcset|href)=\"([^\"]{0,30})", page)
-    assert len(sources) == 2 * len(ALL_PLOTS)
+    assert len(sources) == 4 * len(ALL_PLOTS)  # light and dark, for a page and for a phone
     assert all(source.startswith("data:image/png;base64,") for source in sources)
 
 
@@ -116,6 +63,10 @@ def test_page_holds_the_numbers_of_the_results(page):
     assert "73.2 %" in text  # (147.1 - 57.3) / (147.1 - 24.45)
     assert "(147.1 − 57.3) / (147.1 − 24.45)" in text
     assert "54.0 %" in text  # 1/2 + log2(6) / 4 / 16
+    for number in ("47.1 ± 1.0 %", "58.4 ± 1.0 %", "−11.3 ± 0.9", "387 / 118", "2,376", "25.0 %", "45.79", "+21.69",  # tasks
+                   "71.3 ± 0.4 %", "0.42 ± 0.011", "12.5", "20 ± 0.4", "1.60×", "4,096 tokens, window 512"):  # fmt: skip
+        assert number in text, number
+    assert "Of 1 task score 1 is worse" in text and "word_perplexity, 5-shot (lower is better)" in text
     assert "Paris, of course." in text and "nmsparse demo --pattern 2:4" in text and "2 of every 4" in text
 
 
@@ -129,16 +80,8 @@ def test_each_missing_field_is_called_not_measured(field):
     text = words(render(dataclasses.replace(sample_results(), **{field: empty}), []))
     # Sections of plots only, of which none are passed here; and what a mask need not have.
     without_field = {"seconds_by_stage", "history", "layers", "terms", "fused_experts"}
-    without_field |= {
-        "kept_weights",
-        "permuted_layers",
-        "dense_budget",
-        "values",
-        "delta_to",
-        "evaluations",
-        "tasks",
-        "agreement",
-    }  # not of every model; the cards tell them
+    # Not of every model; the cards tell them.
+    without_field |= {"kept_weights", "permuted_layers", "dense_budget", "values", "delta_to"}
     baseline = words(render(sample_results(), []))
     more = text.count(MISSING) - baseline.count(MISSING)
     assert more > 0 or field in without_field or field == "planned_steps"
@@ -172,6 +115,11 @@ def test_everything_from_results_is_escaped():
         dense_layers=[HOSTILE], data=keyed, perplexity={HOSTILE: 3.0, "dense": 2.0}, sizes={HOSTILE: 3}, samples=[keyed],
         speed=[{"name": HOSTILE, "device": HOSTILE, "tokens": HOSTILE}], command=HOSTILE, environment=keyed,
         terms={"low_rank": HOSTILE, "delta_rank": HOSTILE}, fused_experts=[HOSTILE],
+        evaluations=[{"text": HOSTILE, "this": 3.0, "dense": HOSTILE}], agreement=[
+            {"text": HOSTILE, "top1": 0.5, "kl": HOSTILE, "layers": {f"a.0.{HOSTILE}.{HOSTILE}": 0.1}},
+            {"text": HOSTILE, "layers": [HOSTILE]},
+        ],
+        tasks=[{"task": HOSTILE, "metric": HOSTILE, "this": 0.5, "dense": HOSTILE, "shots": HOSTILE, "items": HOSTILE}],
         seconds_by_stage={HOSTILE: 1.0}, layers=[{"name": f"a.0.{HOSTILE}.{HOSTILE}", "relative_error": 0.1}],
     )  # fmt: skip
     page = render(results, draw(results))
@@ -241,10 +189,11 @@ def test_layer_types_keep_their_order_and_criteria_are_told_apart():
 def test_plots_are_pictures_of_page_width_in_both_themes(plots):
     assert [plot.name for plot in plots] == ALL_PLOTS
     for plot in plots:
-        for data, theme in ((plot.light, LIGHT), (plot.dark, DARK)):
+        pictures = ((plot.light, LIGHT, 1440), (plot.dark, DARK, 1440), (plot.narrow_light, LIGHT, 756))
+        for data, theme, width in (*pictures, (plot.narrow_dark, DARK, 756)):
             pixels = numpy.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
             background = tuple(int(theme.background[i : i + 2], 16) for i in (1, 3, 5))
-            assert pixels.shape[1] == 1440 and pixels.shape[0] > 200
+            assert pixels.shape[1] == width and pixels.shape[0] > 200
             assert tuple(pixels[0, 0]) == background
             assert 0.01 < (pixels != background).any(axis=2).mean() < 0.6
 
@@ -252,10 +201,10 @@ def test_plots_are_pictures_of_page_width_in_both_themes(plots):
 @pytest.mark.parametrize(
     ("field", "gone"),
     [("perplexity", {"perplexity"}), ("history", {"training", "mask"}), ("layers", {"layer_error", "layer_flips"}),
-     ("sizes", {"sizes"}), ("seconds_by_stage", {"time"})],
+     ("tasks", {"tasks"}), ("agreement", {"agreement_layers"}), ("sizes", {"sizes"}), ("seconds_by_stage", {"time"})],
 )  # fmt: skip
 def test_plots_are_drawn_only_from_what_exists(field, gone, monkeypatch):
-    monkeypatch.setattr("hf_nmsparse.report.figures.png", lambda *_: b"")
+    monkeypatch.setattr("hf_nmsparse.report.drawing.png", lambda *_: b"")
     results = dataclasses.replace(sample_results(), **{field: getattr(RunResults(), field)})
     assert {plot.name for plot in draw(results)} == set(ALL_PLOTS) - gone
 
@@ -277,9 +226,82 @@ def test_values_that_are_no_numbers_are_not_plotted():
     results = RunResults(
         perplexity={"a": math.nan}, sizes={"mask": None}, history=[{"loss": 1.0}, {"step": 1, "loss": "x"}],
         layers=[{"name": "a.0.q", "relative_error": None}, {}], seconds_by_stage={"x": math.inf},
+        tasks=[{}, {"task": "t", "metric": "m", "this": math.nan, "dense": "x", "items": math.inf, "lost": "a"}],
+        agreement=[{}, {"text": "t", "top1": math.nan, "layers": {"a.0.q": math.nan, "b": "x"}}], evaluations=[{}],
+        speed=[{}], samples=[{}],
     )  # fmt: skip
     assert draw(results) == []
-    assert "nan" in words(render(results, []))
+    page = words(render(results, []))
+    assert "nan" in page and "inf" not in page
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [("tasks", ["x"], "a list of objects"), ("agreement", {}, "a list of objects"), ("samples", None, "a list of objects"),
+     ("sizes", [], "an object"), ("sparse_layers", "q_proj", "a list"), ("pattern", 24, "a text")],
+)  # fmt: skip
+def test_results_of_another_shape_are_refused(tmp_path, field, value, expected):
+    path = dataclasses.replace(RunResults(), **{field: value}).write(tmp_path / "results.json")
+    with pytest.raises(FormatError, match=rf"results.json: {field} must be {expected}, got .*damaged"):
+        RunResults.read(path)
+
+
+def test_what_is_lost_on_tasks_needs_a_standard_error_to_be_called_so():
+    def said(**more):
+        row = {"task": "t", "metric": "acc", "this": 0.4, "dense": 0.5, "difference_standard_error": 0.01} | more
+        return words(render(RunResults(tasks=[row]), []))
+
+    assert "1 is worse" in said()
+    assert "none is worse" in said(difference_standard_error=0.2) and "none is worse" in said(this=0.6)
+    assert "1 is worse" in said(this=0.6, higher_is_better=False)
+    assert "task score" not in said(difference_standard_error=None)
+
+
+def test_hard_mask_perplexity_is_drawn_where_it_was_measured():
+    history = sample_results().history
+    assert measured.hard_perplexities(history) == [
+        (50, pytest.approx(79.04, abs=0.01)),
+        (100, pytest.approx(57.4, abs=0.01)),
+    ]
+    assert (
+        measured.hard_perplexities([{"step": 1, "nm/hard_eval_loss": 800.0}, {"step": 2, "nm/hard_eval_loss": "x"}])
+        == []
+    )
+
+
+def test_perplexity_of_a_word_stands_below_that_of_a_token():
+    row = {"text": "t", "this": 20.0, "dense": 10.0, "tokens": 99, "sequence_length": 64, "stride": 32,
+           "word_perplexity": 61.5, "dense_word_perplexity": 30.25}  # fmt: skip
+    text = words(render(RunResults(evaluations=[row]), []))
+    assert "99 tokens, window 64, stride 32" in text and "10 30.25 a word" in text and "20 61.5 a word" in text
+
+
+def test_speed_tells_kernel_range_and_dense_time_where_they_were_measured():
+    row = {"name": "linear", "tokens": 8, "device": "GPU", "milliseconds": 0.5, "ratio": 1.31, "kernel": "gluon"}
+    text = words(render(RunResults(speed=[row | {"dense_milliseconds": 0.655, "low": 1.254, "high": 1.402}, row]), []))
+    assert "Kernel" in text and "Dense, milliseconds" in text and "0.655 1.31 (1.25–1.4)" in text
+    assert "Kernel" not in words(render(RunResults(speed=[{"name": "linear", "ratio": 1.31}]), []))
+
+
+def test_long_prompts_are_folded_but_whole():
+    prompt = "a word of an article " * 100 + "the end"
+    page = render(RunResults(samples=[{"prompt": prompt, "this": "x"}, {"prompt": 5, "this": "y"}]), [])
+    assert page.count("<details>") == 1 and f"<pre>{prompt}</pre>" in page
+
+
+def test_samples_stand_beside_each_other(page):
+    told = page[page.index("Sample text") :]
+    assert told.count('class="beside"') == 2 and "this model" in told and "packed" in told
+
+
+def test_a_layer_map_has_a_row_for_each_kind_and_a_column_for_each_block():
+    rows = sample_results().layers
+    grid = layers.layer_grid(rows[:-1], "flip_rate", 100.0)
+    assert grid.kinds == ["q", "k", "v", "o", "gate", "up", "down"] and grid.blocks == list(range(6))
+    assert grid.values[2][3] == pytest.approx(100 * 0.002 * 23) and math.isnan(grid.values[-1][-1])
+    assert layers.layer_grid(rows, "no_such_field") is None
+    both = [{"name": f"l.0.{part}.q_proj", "error": 1.0} for part in ("self_attn", "cross_attn")]
+    assert layers.layer_grid(both, "error").kinds == ["self_attn.q", "cross_attn.q"]
 
 
 def test_missing_matplotlib_names_the_command(monkeypatch, tmp_path):

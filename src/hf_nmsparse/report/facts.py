@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -82,6 +83,18 @@ def packed_bound(pattern: NMPattern) -> float:
 def times(ratio: float) -> str:
     """A ratio to the dense model."""
     return f"{ratio:.2f}×" if ratio < 100 else f"{ratio:,.0f}×"
+
+
+def speed_ratio(row: Mapping[str, Any], unit: str = "") -> str:
+    """How many times as fast as dense a row of `RunResults.speed` is, with the range that was measured."""
+    ratio, low, high = row.get("ratio"), row.get("low"), row.get("high")
+    known = is_finite(ratio) and is_finite(low) and is_finite(high)
+    return f"{number(ratio)}{unit}" + (f" ({low:.3g}–{high:.3g})" if known else "")
+
+
+def percent(share: Any) -> str:
+    """A share in percent."""
+    return f"{100 * share:.1f} %" if is_finite(share) else number(share)
 
 
 def size(value: Any) -> str:

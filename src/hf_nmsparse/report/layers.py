@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ..results import is_finite
@@ -53,6 +55,27 @@ def criteria_curves(layers: Sequence[dict[str, Any]]) -> dict[str, Points]:
                 added = field.replace(_ERROR, "").strip("_/.:- ")
                 values[added or str(layer.get("criterion", ""))][where[0]].append(value)
     return {criterion: _means(blocks) for criterion, blocks in values.items()}
+
+
+@dataclass(frozen=True)
+class LayerGrid:
+    """Means of one field by kind of layer (rows) and block (columns); NaN where there is no such layer."""
+
+    kinds: list[str]
+    blocks: list[int]
+    values: list[list[float]]
+
+
+def layer_grid(layers: Sequence[dict[str, Any]], field: str, factor: float = 1.0) -> LayerGrid | None:
+    """One field times `factor` as a matrix, or `None` if no layer that has it lies in a block."""
+    panels = type_curves(layers, field, factor)
+    rows = [(part, kind, dict(points)) for part, kinds in panels.items() for kind, points in kinds.items()]
+    if not rows:
+        return None
+    blocks = sorted({block for _, _, points in rows for block in points})
+    every = [kind for _, kind, _ in rows]
+    kinds = [f"{part}.{kind}" if every.count(kind) > 1 else kind for part, kind, _ in rows]
+    return LayerGrid(kinds, blocks, [[points.get(block, math.nan) for block in blocks] for _, _, points in rows])
 
 
 def error_field(layers: Sequence[dict[str, Any]]) -> str:
