@@ -22,6 +22,7 @@ from .plan import plan
 from .prune import prune
 from .pull import pull
 from .push import push
+from .report import report
 from .train import TRAIN_CONTEXT, train
 from .verify import verify
 
@@ -66,6 +67,7 @@ _add("merge", merge)
 _add("compress", compress)
 _add("export", export)
 _add("eval", evaluate)
+_add("report", report)
 app.command("bench")(bench)
 _add("push", push)
 _add("pull", pull)
