@@ -130,14 +130,14 @@ def pruned(criterion: str, pattern: str, calibration: torch.Tensor | None, model
 
 
 def masked(folder: str, model: nn.Module) -> nn.Module:
-    return nms.load_mask(model, folder)
+    return nms.compress(nms.load_mask(model, folder))
 
 
 def with_slorb(folder: str, calibration: torch.Tensor, model: nn.Module) -> nn.Module:
     model = get_peft_model(model, nms.NMSparseConfig(pattern="2:4", slorb_block=16, prior=None, init_weights=True))
     nms.set_prior(model, folder)
     nms.fit_side_branch(model, calibration)
-    return model.eval()
+    return nms.compress(model)
 
 
 # --- measures -------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from ..evaluation import (
 )
 from ..files import RESULTS_FILE
 from .common import Answer, facts_table, table, tell
-from .models import load_any, load_model, load_tokenizer, put_mask, stream, window_length
+from .models import load_any, load_model, load_tokenizer, put_mask, stream, text_name, window_length
 from .options import Dtype
 from .recording import Record, record_of
 
@@ -105,6 +105,22 @@ class Source:
         model = load_model(self.model, self.dtype, self.device)
         masked = put_mask(model, self.mask, self.mask_revision, self.task, self.allow_base_mismatch)
         return masked, load_tokenizer(self.model)
+
+
+@contextmanager
+def merged(model: nn.Module) -> Iterator[nn.Module]:
+    """The model with its mask written into the weights meanwhile: a mask beside them is unpacked in every forward pass, which
+    takes longer than the few tokens of an item. With terms beside the mask it stays as it is: merging would round them."""
+    from peft import PeftModel
+
+    if not isinstance(model, PeftModel) or model.active_peft_config.has_side_branch:
+        yield model
+        return
+    model.merge_adapter()
+    try:
+        yield model
+    finally:
+        model.unmerge_adapter()
 
 
 class Dense:
@@ -201,7 +217,7 @@ def _measure_text(
     length = window_length(loaded, asked.sequence_length)
     if len(tokens) < length and asked.stride is None:
         raise ConfigError(f"{asked.text}: {len(tokens)} tokens, one window takes {length}; lower --sequence-length")
-    label = Path(asked.text).name if Path(asked.text).exists() else f"{asked.text} ({asked.split})"
+    label = text_name(asked.text) if Path(asked.text).exists() else f"{asked.text} ({asked.split})"
     options = {"seq_len": length, "batch_size": asked.batch_size, "progress": True}
     found = perplexity(loaded, tokens, stride=asked.stride, **options)
     words = None if asked.stride is None else _words(tokens, tokenizer)
@@ -263,7 +279,8 @@ def _measure_harness(
         "include_path": None if suite else asked.include_path,
         "progress": True,
     }
-    this = evaluate_tasks(loaded, tokenizer, tasks, **options)
+    with merged(loaded) as model:
+        this = evaluate_tasks(model, tokenizer, tasks, **options)
     other = None
     if dense.known:
         with dense.computing() as reference:
@@ -291,7 +308,8 @@ def _measure_kick(
         if dense.known:
             with dense.computing() as reference:
                 other = run_kick(reference, tokenizer, [task], None, asked.new_tokens, progress=True)
-        this = run_kick(loaded, tokenizer, [task], other, asked.new_tokens, progress=True)
+        with merged(loaded) as model:
+            this = run_kick(model, tokenizer, [task], other, asked.new_tokens, progress=True)
         new = task_entries(this.scores, None if other is None else other.scores, KICK)
         record.add(tasks=new, samples=sample_entries([task], this, other))
         rows += new

@@ -249,6 +249,11 @@ def stream(source: str, tokenizer: Any, split: str = "train", joined: bool = Fal
     return tokenize("\n\n".join(texts) if joined else texts, tokenizer)
 
 
+def text_name(source: str) -> str:
+    """What to call a text in records that are published: of a local file or folder the name, and not where it lies."""
+    return Path(source).name if Path(source).exists() else source
+
+
 def continued_results(source: str) -> RunResults:
     """What is known of an input by the results file that lies in its local folder, with this command added."""
     from ..results import RunResults

@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from .common import Answer, new_results, size, table, tell
 from .folders import Kind, written_line
-from .models import chosen_device, empty_model, load_model, load_tokenizer, revision_of, stream, window_length
+from .models import (
+    chosen_device,
+    empty_model,
+    load_model,
+    load_tokenizer,
+    revision_of,
+    stream,
+    text_name,
+    window_length,
+)
 from .pruning_options import PruningOptions
 from .streaming import Placement, available_memory, memory_size, placement, weight_bytes
 from .unfinished import Unfinished
@@ -264,7 +273,7 @@ def _mask_line(report: PruneReport, results: RunResults, facts: dict[str, Any]) 
 
 def described(source: str, tokens: torch.Tensor) -> str:
     """A text and how much of it was used, for records."""
-    return f"{source}: {tokens.shape[0]} windows of {tokens.shape[1]} tokens"
+    return f"{text_name(source)}: {tokens.shape[0]} windows of {tokens.shape[1]} tokens"
 
 
 def peak_memory() -> int | None:

@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -92,16 +92,17 @@ def update_card(folder: str | os.PathLike, results: RunResults, kind: Kind) -> P
     card.text = _SECTION.sub(
         lambda found: found[1] + (fresh.get(found[1], found[2]) if found[1] in _MEASURED else found[2]), card.text
     )
-    for title in _MEASURED:
-        if title in fresh and not re.search(rf"^## {title}$", card.text, re.MULTILINE):
-            card.text = re.sub(
-                r"^## Size$",
-                lambda found, title=title: f"## {title}{fresh[title]}{found[0]}",
-                card.text,
-                count=1,
-                flags=re.MULTILINE,
-            )
+    order = list(fresh)
+    for place, title in reversed(list(enumerate(order))):
+        if title in _MEASURED and not _has_section(card.text, title):
+            after = next((later for later in order[place + 1 :] if _has_section(card.text, later)), None)
+            at = len(card.text) if after is None else card.text.index(f"\n## {after}\n") + 1
+            card.text = f"{card.text[:at]}## {title}{fresh[title]}{card.text[at:]}"
     return write_file(path, str(card))
+
+
+def _has_section(text: str, title: str) -> bool:
+    return f"\n## {title}\n" in text
 
 
 _MEASURED = ("Held-out perplexity", "Tasks", "Agreement with the dense model", "Speed", "Limits")
@@ -168,8 +169,13 @@ def _evaluations(results: RunResults, kind: Kind) -> list[EvalResult]:
             metric_value=entry["this"],
         )
         for entry in results.tasks
-        if is_finite(entry.get("this")) and entry.get("task") and entry.get("metric")
+        if is_finite(entry.get("this")) and entry.get("task") and entry.get("metric") and _is_score(entry)
     ]
+
+
+def _is_score(entry: dict[str, Any]) -> bool:
+    """Whether the Hub knows such a metric; log-likelihoods and comparisons with the dense model mean nothing without it."""
+    return is_finite(entry.get("chance")) or str(entry.get("measured_by")).startswith("lm-eval")
 
 
 def _own_perplexity(results: RunResults, kind: Kind) -> float | None:
