@@ -115,8 +115,9 @@ def variants(calibration: torch.Tensor, masks: dict[str, str]) -> Iterator[Varia
     yield "2:4 wanda", {"pattern": "2:4", "method": "wanda"}, partial(pruned, "wanda", "2:4", calibration)
     for name, folder in masks.items():
         yield f"2:4 {name}", {"pattern": "2:4", "method": f"mask {name}"}, partial(masked, folder)
-        facts = {"pattern": "2:4", "method": f"mask {name}, SLoRB in closed form", "terms": {"slorb_block": 16}}
-        yield f"2:4 {name} SLoRB", facts, partial(with_slorb, folder, calibration)
+    for name, prior in {"wanda": "wanda", **masks}.items():
+        facts = {"pattern": "2:4", "method": f"{name}, SLoRB in closed form", "terms": {"slorb_block": 16}}
+        yield f"2:4 {name} SLoRB", facts, partial(with_slorb, prior, calibration)
 
 
 def rounded(model: nn.Module, kind: str) -> nn.Module:
@@ -133,9 +134,9 @@ def masked(folder: str, model: nn.Module) -> nn.Module:
     return nms.compress(nms.load_mask(model, folder))
 
 
-def with_slorb(folder: str, calibration: torch.Tensor, model: nn.Module) -> nn.Module:
+def with_slorb(prior: str, calibration: torch.Tensor, model: nn.Module) -> nn.Module:
     model = get_peft_model(model, nms.NMSparseConfig(pattern="2:4", slorb_block=16, prior=None, init_weights=True))
-    nms.set_prior(model, folder)
+    nms.set_prior(model, prior, calibration=calibration if prior == "wanda" else None)
     nms.fit_side_branch(model, calibration)
     return nms.compress(model)
 
