@@ -35,12 +35,17 @@ def normalized(text: str) -> str:
 
 def exact_match(text: str, answers: Sequence[str]) -> float:
     """1 if the answer equals any of the right ones, normalised; else 0."""
-    return float(any(normalized(text) == normalized(answer) for answer in answers))
+    return float(any(_compared(text) == _compared(answer) for answer in answers))
 
 
 def f1(text: str, answers: Sequence[str]) -> float:
     """Harmonic mean of precision and recall of the words of the answer, against the right one that fits best."""
-    return max((_f1(normalized(text).split(), normalized(answer).split()) for answer in answers), default=0.0)
+    return max((_f1(_compared(text).split(), _compared(answer).split()) for answer in answers), default=0.0)
+
+
+def _compared(text: str) -> str:
+    """Normalised; but of "The The" or "A" nothing would be left, and then whoever writes nothing would be right."""
+    return normalized(text) or " ".join(text.lower().split())
 
 
 def _f1(words: list[str], right: list[str]) -> float:
@@ -56,7 +61,9 @@ def repetition(tokens: Sequence[int], length: int = 4) -> float:
 
 
 def rouge_l(text: str, reference: str) -> float:
-    """ROUGE-L F-measure (Lin 2004) of two texts, by the package rouge-score.
+    """ROUGE-L F-measure (Lin 2004) of two texts, by the package rouge-score; equal texts have 1.
+
+    The package sees words of ASCII letters and digits only: it is of no use for texts in other scripts.
 
     Raises:
         UnsupportedError: if it is not installed.
@@ -65,4 +72,6 @@ def rouge_l(text: str, reference: str) -> float:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
         raise UnsupportedError("ROUGE needs the package rouge-score: pip install 'hf-nmsparse[eval]'") from error
+    if text == reference:  # which the package finds unlike where neither has a word that it sees
+        return 1.0
     return RougeScorer(["rougeL"], use_stemmer=True).score(reference, text)["rougeL"].fmeasure
