@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import GenerationConfig
 
 from ..errors import ConfigError
 from .perplexity import token_losses
-from .running import evaluating, input_device
+from .running import check_vocabulary, evaluating, input_device
 
 _TOKENS_PER_BATCH = 4096  # padding included
 _PROMPTS_PER_BATCH = 32  # written to at once
@@ -35,7 +36,8 @@ def log_likelihoods(
     """The log-likelihood of each continuation after its prompt.
 
     Prompt and continuation are tokenised as one text and split where the prompt's own tokens end, so that both are as they
-    would be in text; a prompt that is too long for the model loses its beginning.
+    would be in text; a prompt that is too long for the model loses its beginning. What an eos token that the tokenizer puts
+    after each text would add is left out.
 
     Args:
         model (`nn.Module`): a causal language model.
@@ -44,9 +46,10 @@ def log_likelihoods(
         progress (`str`, *optional*): show a progress bar of this name, if standard error is a terminal.
 
     Raises:
-        ConfigError: if a continuation is empty.
+        ConfigError: if a continuation is empty, or the tokenizer has tokens that the model has not.
     """
     encoded = [_encode(tokenizer, prompt, continuation) for prompt, continuation in pairs]
+    _check_tokens(model, [ids for ids, _ in encoded])
     limit = _positions(model)
     encoded = [(ids[-limit:], min(count, limit - 1)) for ids, count in encoded]
     found: list[Likelihood | None] = [None] * len(pairs)
@@ -78,7 +81,11 @@ def write_greedily(
         prompts (`Sequence[str]`): texts; those of chat templates hold their special tokens already.
         max_new_tokens (`int`): at most so many.
         progress (`str`, *optional*): show a progress bar of this name, if standard error is a terminal.
+
+    Raises:
+        ConfigError: if `max_new_tokens` leaves no position for a prompt, or the tokenizer has tokens that the model has not.
     """
+    limit = prompt_room(model, max_new_tokens)
     ends = _ends(model, tokenizer)
     config = GenerationConfig(
         do_sample=False,
@@ -86,19 +93,12 @@ def write_greedily(
         eos_token_id=sorted(ends) or None,
         pad_token_id=min(ends, default=0),
     )
-    limit = _positions(model) - max_new_tokens
-    if limit < 1:
-        raise ConfigError(
-            f"max_new_tokens={max_new_tokens}, the model has {_positions(model)} positions: none is left for a prompt"
-        )
-    encoded = [
-        tokenizer(prompt, add_special_tokens=not _is_templated(tokenizer, prompt)).input_ids[-limit:]
-        for prompt in prompts
-    ]
+    encoded = [(_tokens(tokenizer, prompt) or [_start(tokenizer)])[-limit:] for prompt in prompts]
+    _check_tokens(model, encoded)
     found: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda index: -len(encoded[index]))
     device = input_device(model)
-    with evaluating(model), torch.no_grad(), _bar(len(prompts), progress) as bar:
+    with evaluating(model), _nothing_of_its_own(model), torch.no_grad(), _bar(len(prompts), progress) as bar:
         while order:
             chosen, order = order[:_PROMPTS_PER_BATCH], order[_PROMPTS_PER_BATCH:]
             longest = len(encoded[chosen[0]])
@@ -117,24 +117,67 @@ def write_greedily(
     return found
 
 
+def prompt_room(model: nn.Module, max_new_tokens: int) -> int:
+    """Tokens that a prompt may have, if so many are to be written after it.
+
+    Raises:
+        ConfigError: if there is room for none.
+    """
+    positions = _positions(model)
+    if max_new_tokens < 1 or max_new_tokens >= positions:
+        raise ConfigError(
+            f"max_new_tokens={max_new_tokens}, the model has {positions} positions; expected at least 1, and one position "
+            "left for a prompt"
+        )
+    return positions - max_new_tokens
+
+
+def prompt_length(tokenizer: Any, prompt: str) -> int:
+    """Tokens of a prompt."""
+    return len(_tokens(tokenizer, prompt))
+
+
 def _encode(tokenizer: Any, prompt: str, continuation: str) -> tuple[list[int], int]:
     """The tokens of both, and how many of them are the continuation's."""
     special = not _is_templated(tokenizer, prompt)
-    whole = tokenizer(prompt + continuation, add_special_tokens=special).input_ids
-    before = tokenizer(prompt, add_special_tokens=special).input_ids
-    while before and before != whole[: len(before)]:  # the last of them may merge with what follows
+    whole, before = _tokens(tokenizer, prompt + continuation, special), _tokens(tokenizer, prompt, special)
+    if len(whole) <= len(before) and whole == before[: len(whole)]:
+        raise ConfigError(f"the continuation {continuation!r} of {prompt[-40:]!r} has no token")
+    while before != whole[: len(before)]:  # the last of them may merge with what follows
         before.pop()
     if not before:  # nothing stands before the first token, so something must
-        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        if start is None:
-            raise ConfigError(
-                "the tokenizer has neither a bos nor an eos token, and the prompt is empty; give a prompt"
-            )
-        whole = [start, *whole]
-        before = [start]
-    if len(whole) == len(before):
-        raise ConfigError(f"the continuation {continuation!r} of {prompt[-40:]!r} has no token")
+        before = [_start(tokenizer)]
+        whole = [*before, *whole]
     return whole, len(whole) - len(before)
+
+
+def _tokens(tokenizer: Any, text: str, special: bool | None = None) -> list[int]:
+    """The tokens of a text that is to go on: without the eos token that some tokenizers put after each text.
+
+    Args:
+        special (`bool`, *optional*): add special tokens; by default if the text does not begin with one.
+    """
+    special = not _is_templated(tokenizer, text) if special is None else special
+    ids = tokenizer(
+        text, add_special_tokens=special, verbose=False
+    ).input_ids  # verbose: its length is dealt with here
+    eos = tokenizer.eos_token
+    if special and eos and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not text.endswith(eos):
+        ids = ids[:-1]
+    return ids
+
+
+def _start(tokenizer: Any) -> int:
+    """The token that stands before a text."""
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start is None:
+        raise ConfigError("the tokenizer has neither a bos nor an eos token, and the prompt is empty; give a prompt")
+    return start
+
+
+def _check_tokens(model: nn.Module, texts: Sequence[Sequence[int]]) -> None:
+    if ids := [token for text in texts for token in text]:
+        check_vocabulary(model, torch.tensor(ids)[:, None])
 
 
 def _is_templated(tokenizer: Any, prompt: str) -> bool:
@@ -152,6 +195,18 @@ def _ends(model: nn.Module, tokenizer: Any) -> set[int]:
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     found = set(ends) if isinstance(ends, (list, tuple)) else {ends}
     return (found | {tokenizer.eos_token_id}) - {None}
+
+
+@contextlib.contextmanager
+def _nothing_of_its_own(model: nn.Module) -> Iterator[None]:
+    """The model's own generation config set aside: of it `generate` takes all that is not given, a repetition penalty, beams."""
+    inner = model.get_base_model() if hasattr(model, "peft_config") else model
+    own = inner.generation_config
+    inner.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        inner.generation_config = own
 
 
 def _until(tokens: list[int], ends: set[int]) -> list[int]:
