@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
+import logging
 import random
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +15,15 @@ from typing import Any
 
 from ..errors import ConfigError, FormatError, UnsupportedError
 
+logger = logging.getLogger(__name__)
+
 # kind -> its fields: name -> (what it must be, whether it must be there)
 KINDS: dict[str, dict[str, tuple[str, bool]]] = {
     "factoid": {"question": ("text", True), "answers": ("texts", True)},
     "choice": {
         "question": ("text", False),
         "prompt": ("text", False),
-        "options": ("texts", True),
+        "options": ("options", True),
         "answer": ("index", True),
         "subject": ("text", False),
     },
@@ -53,7 +56,13 @@ class KickTask:
         return hashlib.sha256(json.dumps([self.kind, self.items, self.examples], sort_keys=True).encode()).hexdigest()
 
     def limited(self, limit: int | None) -> KickTask:
-        """The same with `limit` of its items, drawn by chance but always the same ones, in their order."""
+        """The same with `limit` of its items, drawn by chance but always the same ones, in their order.
+
+        Raises:
+            ConfigError: if the limit is below 1.
+        """
+        if limit is not None and limit < 1:
+            raise ConfigError(f"limit={limit}; expected at least 1 item of {self.name}")
         if limit is None or limit >= len(self.items):
             return self
         chosen = sorted(random.Random(0).sample(range(len(self.items)), limit))
@@ -68,21 +77,27 @@ def read_tasks(folder: str | Path, names: Iterable[str] | None = None) -> list[K
         names (`Iterable[str]`, *optional*): only these tasks.
 
     Raises:
-        ConfigError: if there is none, or a name is unknown.
+        ConfigError: if there is none, a name is unknown, or examples are of no task of multiple choice.
         FormatError: if a file does not hold what its kind needs, with its line.
     """
-    folder = Path(folder)
+    folder, wanted = Path(folder), None if names is None else set(names)
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder; it should hold {', '.join(f'{kind}.jsonl' for kind in KINDS)}")
     paths = {path.stem: path for path in sorted(folder.glob("*.jsonl")) if path.stem.split("-")[0] in KINDS}
     asked = {name: path for name, path in paths.items() if not name.endswith(EXAMPLES)}
-    if names is not None and (unknown := sorted(set(names) - asked.keys())):
+    if wanted is not None and (unknown := sorted(wanted - asked.keys())):
         raise ConfigError(f"{folder} has no task {unknown[0]}; it has {', '.join(asked) or 'none'}")
     if not asked:
         raise ConfigError(f"{folder} holds no task; call the files {', '.join(f'{kind}.jsonl' for kind in KINDS)}")
+    for name in paths.keys() - asked.keys():
+        task = name.removesuffix(EXAMPLES)
+        if task not in asked or not task.startswith("choice"):
+            raise ConfigError(
+                f"{paths[name]}: examples are shown before items of multiple choice, and {folder} has no such task {task}"
+            )
     tasks = []
     for name, path in asked.items():
-        if names is None or name in names:
+        if wanted is None or name in wanted:
             examples = paths.get(name + EXAMPLES)
             kind = name.split("-")[0]
             tasks.append(KickTask(name, kind, _read(path, kind), _read(examples, kind) if examples else ()))
@@ -91,12 +106,12 @@ def read_tasks(folder: str | Path, names: Iterable[str] | None = None) -> list[K
 
 def _read(path: Path, kind: str) -> tuple[dict[str, Any], ...]:
     items = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if line.strip():
             try:
-                item = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise FormatError(f"{path}, line {number}: not JSON ({error})") from error
+                item = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested without end
+                raise FormatError(f"{path}, line {number}: not JSON ({error}); write one object a line") from error
             items.append(checked_item(item, kind, f"{path}, line {number}"))
     if not items:
         raise FormatError(f"{path} holds no item")
@@ -124,32 +139,29 @@ def checked_item(item: Any, kind: str, where: str) -> dict[str, Any]:
     return found
 
 
+_HALF_A_CHARACTER = re.compile("[\ud800-\udfff]")  # which JSON can hold, and no tokenizer takes
 _FORMS = {
     "text": "a text that is not empty",
     "texts": "a list of texts that are not empty",
+    "options": "a list of 2 to 26 texts that are not empty",
     "index": "the index of an option, from 0",
 }
 
 
 def _has_form(value: Any, form: str, item: dict[str, Any]) -> bool:
     if form == "text":
-        return isinstance(value, str) and bool(value.strip())
-    if form == "texts":
-        return isinstance(value, list) and bool(value) and all(_has_form(text, "text", item) for text in value)
-    options = item.get("options")
-    return type(value) is int and isinstance(options, list) and 2 <= len(options) <= 26 and 0 <= value < len(options)
+        return isinstance(value, str) and bool(value.strip()) and not _HALF_A_CHARACTER.search(value)
+    if form in ("texts", "options"):
+        few, many = (1, len(value) if isinstance(value, list) else 0) if form == "texts" else (2, 26)
+        right = isinstance(value, list) and few <= len(value) <= many
+        return right and all(_has_form(text, "text", item) for text in value)
+    return type(value) is int and 0 <= value < len(item["options"])  # a list: options come before their index
 
 
 # --- the Hub --------------------------------------------------------------------------------------------------------
 def _freebase_qa(row: dict) -> dict:
     """FreebaseQA (Jiang et al. 2019): each question has parses, each of them answers with several names."""
-    parses = row["Parses"]
-    listed = parses["Answers"] if isinstance(parses, dict) else [parse["Answers"] for parse in parses]
-    names = [
-        answers["AnswersName"] if isinstance(answers, dict) else [a["AnswersName"] for a in answers]
-        for answers in listed
-    ]
-    return {"question": row["RawQuestion"], "answers": sorted(set(_texts(names)))}
+    return {"question": row["RawQuestion"], "answers": sorted(set(_texts(_below(row["Parses"], "AnswersName"))))}
 
 
 def _mmlu(row: dict) -> dict:
@@ -162,13 +174,11 @@ def _mmlu(row: dict) -> dict:
     }
 
 
-def _trivia_qa(row: dict) -> dict | None:
+def _trivia_qa(row: dict) -> dict:
     """Reading comprehension: pages of Wikipedia first, then of the search, as LLM-KICK joins them."""
-    context = "\n".join(
-        [*_texts(row["entity_pages"]["wiki_context"]), *_texts(row["search_results"]["search_context"])]
-    )
+    pages = [_below(row["entity_pages"], "wiki_context"), _below(row["search_results"], "search_context")]
     answers = [row["answer"]["value"], *row["answer"]["aliases"]]
-    return {"question": row["question"], "answers": answers, "context": context} if context.strip() else None
+    return {"question": row["question"], "answers": _texts(answers), "context": "\n".join(_texts(pages))}
 
 
 def _cnn_dailymail(row: dict) -> dict:
@@ -179,29 +189,45 @@ def _mt_bench(row: dict) -> dict:
     return {"turns": list(row["prompt"])}
 
 
+def _below(nested: Any, name: str) -> list[Any]:
+    """What stands under a name at any depth: `datasets` gives lists of structs, or structs of lists, by its version."""
+    if isinstance(nested, dict):
+        if name in nested:
+            return [nested[name]]
+        nested = list(nested.values())
+    return [found for part in nested for found in _below(part, name)] if isinstance(nested, list) else []
+
+
 def _texts(nested: Any) -> list[str]:
+    """The texts of lists of lists, without empty ones."""
     if isinstance(nested, str):
         return [nested] if nested.strip() else []
-    return [text for part in nested for text in _texts(part)]
+    return [text for part in nested or () for text in _texts(part)]
 
 
 @dataclass(frozen=True)
 class HubTask:
-    """Where the items of a task lie on the Hub, and how its rows are read."""
+    """Where the items of a task lie on the Hub, and how its rows are read.
+
+    `buffer`: rows among which a limited number is drawn. MMLU is sorted by subject: all of it must be in there.
+    """
 
     kind: str
     repo: str
     config: str | None
     split: str
-    item: Callable[[dict], dict | None]
+    item: Callable[[dict], dict]
     revision: str | None = None
     examples: str | None = None  # the split with solved items
+    buffer: int = 20_000
 
 
 HUB_TASKS = {
     "factoid": HubTask("factoid", "microsoft/freebase_qa", None, "test", _freebase_qa, "refs/convert/parquet"),
     "choice": HubTask("choice", "cais/mmlu", "all", "test", _mmlu, examples="dev"),
-    "retrieval": HubTask("retrieval", "mandarjoshi/trivia_qa", "rc", "validation", _trivia_qa),
+    "retrieval": HubTask(
+        "retrieval", "mandarjoshi/trivia_qa", "rc", "validation", _trivia_qa, buffer=2000
+    ),  # 0.1 MB a row
     "summary": HubTask("summary", "abisee/cnn_dailymail", "3.0.0", "test", _cnn_dailymail),
     "instruction": HubTask("instruction", "HuggingFaceH4/mt_bench_prompts", None, "train", _mt_bench),
 }
@@ -213,10 +239,11 @@ def fetch_tasks(names: Iterable[str] | None = None, limit: int | None = None) ->
 
     Args:
         names (`Iterable[str]`, *optional*): only these.
-        limit (`int`, *optional*): items of each, drawn by chance from the first ones of a buffer, always the same ones.
+        limit (`int`, *optional*): items of each, drawn by chance but always the same ones. Rows that lack an answer or
+            a text are left out, and counted in a warning.
 
     Raises:
-        ConfigError: if a name is unknown or a dataset cannot be fetched.
+        ConfigError: if a name is unknown, the limit is below 1, or a dataset cannot be fetched.
         UnsupportedError: if `datasets` is not installed.
     """
     wanted = list(HUB_TASKS) if names is None else list(names)
@@ -224,7 +251,9 @@ def fetch_tasks(names: Iterable[str] | None = None, limit: int | None = None) ->
         raise ConfigError(
             f"no task {unknown[0]} on the Hub; there are {', '.join(HUB_TASKS)}, or tasks in a folder of your own"
         )
-    return [_fetch(name, HUB_TASKS[name], limit or HUB_LIMIT) for name in wanted]
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit={limit}; expected at least 1 item of each task")
+    return [_fetch(name, HUB_TASKS[name], HUB_LIMIT if limit is None else limit) for name in wanted]
 
 
 def _fetch(name: str, task: HubTask, limit: int) -> KickTask:
@@ -237,9 +266,18 @@ def _fetch(name: str, task: HubTask, limit: int) -> KickTask:
 
     def read(split: str, limit: int | None) -> tuple[dict[str, Any], ...]:
         rows = datasets.load_dataset(task.repo, task.config, split=split, streaming=True, revision=task.revision)
-        rows = rows if limit is None else rows.shuffle(seed=0, buffer_size=4 * limit)
-        items = (item for item in map(task.item, rows) if item is not None)
-        return tuple(checked_item(item, task.kind, place) for item in itertools.islice(items, limit))
+        rows = rows if limit is None else rows.shuffle(seed=0, buffer_size=task.buffer)
+        items, left_out = [], 0
+        for row in rows:
+            try:
+                items.append(checked_item(task.item(row), task.kind, place))
+            except FormatError:
+                left_out += 1
+            if len(items) == limit:
+                break
+        if left_out:
+            logger.warning("%s, %s: %d rows without an answer or a text were left out", task.repo, split, left_out)
+        return tuple(items)
 
     place = f"{task.repo} ({task.config or 'default'}, {task.split})"
     try:
