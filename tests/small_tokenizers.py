@@ -6,11 +6,11 @@ from __future__ import annotations
 import string
 from collections.abc import Sequence
 
-from tokenizers import Tokenizer, models, processors
+from tokenizers import Tokenizer, decoders, models, processors
 from transformers import PreTrainedTokenizerFast
 
 BOS, EOS = "<s>", "</s>"
-CHARACTERS = "\n .?:#" + string.ascii_lowercase  # of upper case letters, and others, only <unk> is left
+CHARACTERS = "\n .?:#ABCDQ" + string.ascii_lowercase  # of others only <unk> is left
 
 
 def letters(
@@ -31,6 +31,7 @@ def letters(
     tokens = [BOS, EOS, "<unk>", *CHARACTERS, *("".join(pair) for pair in merges)]
     model = models.BPE({token: index for index, token in enumerate(tokens)}, list(merges), unk_token="<unk>")
     tokenizer = Tokenizer(model)
+    tokenizer.decoder = decoders.Fuse()
     if starts or ends:
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{BOS + ' ' if starts else ''}$A{' ' + EOS if ends else ''}",

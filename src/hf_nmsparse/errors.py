@@ -32,3 +32,11 @@ class ScheduleError(NMSparseError, RuntimeError):
 
 class HubError(NMSparseError, OSError):
     """A repo on the Hub cannot be read or written: absent, forbidden, changed meanwhile, or out of reach."""
+
+
+class JudgeError(NMSparseError, OSError):
+    """The judge of texts cannot be reached, refuses, or sends what is no answer."""
+
+
+class UnratedError(JudgeError):
+    """The judge answered without a rating that can be used."""

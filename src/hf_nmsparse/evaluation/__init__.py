@@ -4,6 +4,7 @@
 from .agreement import Agreement, agreement
 from .entries import agreement_entry, perplexity_entry, renewed, sample_entries, task_entries
 from .harness import SUITES, evaluate_tasks
+from .judge import Judge
 from .kick import KickAnswers, run_kick
 from .kick_data import KickTask, fetch_tasks, read_tasks
 from .perplexity import Perplexity, perplexity
@@ -12,6 +13,7 @@ from .scores import TaskScore, mean_score, task_entry
 __all__ = [
     "SUITES",
     "Agreement",
+    "Judge",
     "KickAnswers",
     "KickTask",
     "Perplexity",
