@@ -4,7 +4,6 @@
 import dataclasses
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -18,8 +17,8 @@ from families import FAMILIES
 from huggingface_hub import ModelCard
 from local_hub import as_the_hub
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from small_inputs import make_inputs
+from transformers import AutoModelForCausalLM
 
 import hf_nmsparse as nms
 from hf_nmsparse.cli.folders import Kind, kind_of
@@ -38,28 +37,7 @@ def everything_in(folder: Path) -> list[str]:
 def inputs(tmp_path_factory) -> Path:
     """`base`, a tiny Llama with a tokenizer; `train.txt` and `test.txt`."""
     folder = tmp_path_factory.mktemp("inputs")
-    words = [f"w{index}" for index in range(100)]
-    vocabulary = {"<eos>": 0, "<unk>": 1, **{word: index for index, word in enumerate(words, start=2)}}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = {"eos_token": "<eos>", "unk_token": "<unk>"}  # no padding token, as Llama's have none
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder / "base")
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=128,
-        max_position_embeddings=64,
-        bos_token_id=None,
-        eos_token_id=0,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "base")
-    choose = random.Random(0)
-    (folder / "train.txt").write_text(" ".join(choose.choice(words) for _ in range(1500)))
-    (folder / "test.txt").write_text(" ".join(choose.choice(words) for _ in range(500)))
+    make_inputs(folder)
     return folder
 
 

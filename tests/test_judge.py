@@ -3,66 +3,28 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+from chat_server import ChatServer
 from small_tokenizers import letters
 
 from hf_nmsparse.errors import ConfigError, JudgeError, UnratedError
 from hf_nmsparse.evaluation import Judge, KickTask, run_kick, task_entries
 
 KEY = "sk-very-secret-123"
-Reply = tuple[int, object, dict[str, str]]
-
-
-class Server:
-    """Answers chat completions by `reply(request content) -> text | (status, body, headers)`; `seen` are the requests."""
-
-    def __init__(self):
-        self.seen: list[dict] = []
-        self.reply: Callable[[dict], str | Reply] = lambda asked: "Fine. Rating: [[7]]"
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                content = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                outer.seen.append({"path": self.path, "key": self.headers["Authorization"], **content})
-                said = outer.reply(content)
-                if isinstance(said, str):
-                    said = 200, {"choices": [{"message": {"role": "assistant", "content": said}}]}, {}
-                status, body, headers = said
-                data = body.encode() if isinstance(body, str) else json.dumps(body).encode()
-                self.send_response(status)
-                for name, value in {**headers, "Content-Length": str(len(data))}.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(data)
-
-            def do_GET(self):
-                outer.seen.append({"path": self.path, "key": self.headers["Authorization"]})
-                self.send_error(404)
-
-            def log_message(self, *_):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
 
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    server = Server()
+    server = ChatServer()
     yield server
-    server.server.shutdown()
-    server.server.server_close()
+    server.close()
 
 
 @pytest.fixture
@@ -139,8 +101,7 @@ def test_the_pause_that_a_server_wishes_is_kept_within_reason(server, pauses):
 
 
 def test_no_connection_is_said_with_the_address(server, pauses):
-    server.server.shutdown()
-    server.server.server_close()
+    server.close()
     with pytest.raises(JudgeError, match=rf"{server.url}/chat/completions: no answer \(.*refused\), 2 times; check"):
         Judge(server.url, "m", retries=1).rate("q", "a")
     assert pauses == [1]

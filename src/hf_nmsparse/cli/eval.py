@@ -67,6 +67,17 @@ LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Items o
 NewTokensOption = Annotated[
     int | None, typer.Option("--new-tokens", min=1, help="Tokens of each summary and answer of --suite kick.")
 ]
+JudgeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--judge",
+        metavar="URL",
+        help="OpenAI-compatible API whose --judge-model rates the texts of --suite kick; its key: OPENAI_API_KEY.",
+    ),
+]
+JudgeModelOption = Annotated[
+    str | None, typer.Option("--judge-model", metavar="NAME", help="Name of the model at --judge.")
+]
 DenseOption = Annotated[
     str | None,
     typer.Option(
@@ -103,6 +114,8 @@ def evaluate(
     shots: ShotsOption = None,
     limit: LimitOption = None,
     new_tokens: NewTokensOption = None,
+    judge: JudgeOption = None,
+    judge_model: JudgeModelOption = None,
     dense: DenseOption = None,
     batch_size: BatchOption = None,
     mask_revision: MaskRevisionOption = None,
@@ -142,6 +155,8 @@ def evaluate(
             shots=shots,
             limit=limit,
             new_tokens=new_tokens,
+            judge_url=judge,
+            judge_model=judge_model,
             batch_size=batch_size,
         )
         source = Source(model, mask, mask_revision, task, allow_base_mismatch, dense, dtype, device)

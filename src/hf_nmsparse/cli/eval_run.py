@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ConfigError
 from ..evaluation import (
     SUITES,
+    Judge,
     KickTask,
     agreement_entry,
     fetch_tasks,
@@ -52,6 +53,8 @@ class Asked:
     shots: int | None
     limit: int | None
     new_tokens: int | None
+    judge_url: str | None
+    judge_model: str | None
     batch_size: int | None
 
     def check(self) -> None:
@@ -65,6 +68,12 @@ class Asked:
             ("--stride", self.stride, "--text", self.text),
             ("--data", self.data, f"--suite {KICK}", KICK in self.suites),
             ("--new-tokens", self.new_tokens, f"--suite {KICK}", KICK in self.suites),
+            ("--judge", self.judge_url, f"--suite {KICK}", KICK in self.suites),
+            ("--judge", self.judge_url, "--judge-model", self.judge_model),
+            ("--judge-model", self.judge_model, "--judge", self.judge_url),
+            ("--limit", self.limit, "--suite or --tasks", self.suites or self.tasks),
+            ("--max-tokens", self.max_tokens, "--text", self.text),
+            ("--sequence-length", self.sequence_length, "--text", self.text),
             ("--include-path", self.include_path, "--tasks", self.tasks),
             ("--shots", self.shots is not None, "--tasks or a suite of lm-eval", self.harness_tasks),
         ]
@@ -174,6 +183,7 @@ def run(answer: Answer, asked: Asked, source: Source, into_folder: bool, output:
     asked.check()
     record = record_of(source.model, source.mask, into_folder, output)
     kick = _kick_tasks(asked)
+    judge = _judge(asked, kick)
     loaded, tokenizer = source.load()
     reference = Dense(loaded, source, record)
     if not reference.known:
@@ -191,7 +201,7 @@ def run(answer: Answer, asked: Asked, source: Source, into_folder: bool, output:
     for suite, tasks, shots in asked.harness_tasks:
         rows += _measure_harness(asked, loaded, tokenizer, reference, record, suite, tasks, shots)
     if kick:
-        rows += _measure_kick(asked, loaded, tokenizer, reference, record, kick)
+        rows += _measure_kick(asked, loaded, tokenizer, reference, record, kick, judge)
     if rows:
         answer.facts["tasks"] = rows
         _show_tasks(answer, source.name, rows)
@@ -299,17 +309,34 @@ def _kick_tasks(asked: Asked) -> list[KickTask]:
     return [task.limited(asked.limit) for task in read_tasks(asked.data)]
 
 
+def _judge(asked: Asked, tasks: list[KickTask]) -> Judge | None:
+    """Made before models are loaded, too."""
+    if asked.judge_url is None:
+        return None
+    if not any(task.writes for task in tasks):
+        raise ConfigError(
+            f"--judge rates summaries and instructions, and {asked.data} has none; leave it out, or add such a file"
+        )
+    return Judge(asked.judge_url, asked.judge_model)
+
+
 def _measure_kick(
-    asked: Asked, loaded: nn.Module, tokenizer: Any, dense: Dense, record: Record, tasks: list[KickTask]
+    asked: Asked,
+    loaded: nn.Module,
+    tokenizer: Any,
+    dense: Dense,
+    record: Record,
+    tasks: list[KickTask],
+    judge: Judge | None,
 ) -> list[dict[str, Any]]:
     rows = []
     for task in tasks:  # one by one: whoever stops keeps what was measured
         other = None
         if dense.known:
             with dense.computing() as reference:
-                other = run_kick(reference, tokenizer, [task], None, asked.new_tokens, progress=True)
+                other = run_kick(reference, tokenizer, [task], None, asked.new_tokens, progress=True, judge=judge)
         with merged(loaded) as model:
-            this = run_kick(model, tokenizer, [task], other, asked.new_tokens, progress=True)
+            this = run_kick(model, tokenizer, [task], other, asked.new_tokens, progress=True, judge=judge)
         new = task_entries(this.scores, None if other is None else other.scores, KICK)
         record.add(tasks=new, samples=sample_entries([task], this, other))
         rows += new

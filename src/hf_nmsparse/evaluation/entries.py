@@ -66,7 +66,7 @@ def sample_entries(tasks: Sequence[KickTask], this: KickAnswers, dense: KickAnsw
     """Rows of `RunResults.samples`: what both wrote to the first items of each task that has texts of some length."""
     rows = []
     for task in tasks:
-        if task.kind not in ("summary", "instruction"):
+        if not task.writes:
             continue
         for index in range(min(_SAMPLES, len(task.items))):
             item = task.items[index]

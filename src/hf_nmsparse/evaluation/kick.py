@@ -31,7 +31,6 @@ logger = logging.getLogger(__name__)
 
 _SHOTS = 5
 MEASURED_BY = "hf-nmsparse"
-WRITING = ("summary", "instruction")
 _NEW_TOKENS = {"factoid": 16, "retrieval": 32, "summary": 200, "instruction": 200}
 
 
@@ -80,7 +79,7 @@ def run_kick(
     tasks, found = list(tasks), KickAnswers()
     for task in tasks:  # before hours of work
         _check(task, dense)
-    if judge is not None and any(task.kind in WRITING for task in tasks):
+    if judge is not None and any(task.writes for task in tasks):
         judge.check()
     for task in tasks:
         run = _Run(model, tokenizer, task, new_tokens, progress, judge)
@@ -98,7 +97,7 @@ def run_kick(
 def _check(task: KickTask, dense: KickAnswers | None) -> None:
     if not task.items:
         raise ConfigError(f"{task.name} has no items; give at least one")
-    if task.kind not in WRITING:
+    if not task.writes:
         return
     if dense is not None or any("summary" in item for item in task.items):
         rouge_l("", "")
@@ -128,7 +127,7 @@ class _Run:
     ):
         self.model, self.tokenizer, self.task, self.judge = model, tokenizer, task, judge
         self.new_tokens = _NEW_TOKENS.get(task.kind, 0)
-        if new_tokens is not None and task.kind in WRITING:
+        if new_tokens is not None and task.writes:
             self.new_tokens = new_tokens
         self.progress = progress
 

@@ -51,6 +51,11 @@ class KickTask:
     examples: tuple[dict[str, Any], ...] = ()
 
     @property
+    def writes(self) -> bool:
+        """Whether texts are to be written, which have no right answer to be compared with."""
+        return self.kind in ("summary", "instruction")
+
+    @property
     def sha256(self) -> str:
         """Of all that is asked."""
         return hashlib.sha256(json.dumps([self.kind, self.items, self.examples], sort_keys=True).encode()).hexdigest()
