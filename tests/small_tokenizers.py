@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, processors
 from transformers import PreTrainedTokenizerFast
 
 BOS, EOS = "<s>", "</s>"
-CHARACTERS = "\n .?:#ABCDQ" + string.ascii_lowercase  # of others only <unk> is left
+CHARACTERS = "\n .?:#ABCDHQ" + string.ascii_lowercase  # of others only <unk> is left
 
 
 def letters(

@@ -259,6 +259,30 @@ def test_each_turn_follows_the_models_own_answers_and_likelihoods_those_of_the_d
         assert score.scores == pytest.approx(expected, rel=1e-4)
 
 
+def test_without_a_template_an_answer_ends_where_the_model_plays_the_human(dense, tokenizer, monkeypatch):
+    said = iter([" a b", " so\n### Human: why?\n### Assistant: so", " c"])
+    prompts = []
+
+    def write(model, tokenizer, asked, *_):
+        prompts.extend(asked)
+        return [tokenizer(next(said), add_special_tokens=False).input_ids for _ in asked]
+
+    monkeypatch.setattr(kick, "write_greedily", write)
+    found = run_kick(dense, tokenizer, [KickTask("instruction", "instruction", (TALKS[2],))])
+    assert found.texts["instruction"] == [["a b", "so", "c"]]
+    turns = [
+        "### Human: who?\n### Assistant:",
+        " a b\n### Human: why?\n### Assistant:",
+        " so\n### Human: ok?\n### Assistant:",
+    ]
+    assert prompts == ["".join(turns[: count + 1]) for count in range(3)]
+    expected = [
+        likelihood(dense, tokenizer, prompt, text) / len(text)
+        for prompt, text in zip(prompts, (" a b", " so", " c"), strict=True)
+    ]
+    assert scores_of(found)["instruction", "text_log_likelihood"].value == pytest.approx(sum(expected) / 3, rel=1e-4)
+
+
 def test_repetition_is_of_what_was_written(dense, tokenizer):
     task = KickTask("summary", "summary", ({"text": "a fox ran."},))
     for parameter in dense.lm_head.parameters():  # always the same letter
@@ -292,7 +316,7 @@ def test_a_story_that_is_too_long_loses_its_end_not_the_request(dense, tokenizer
         asked, kept = prompt.split("\n\n")
         assert asked == f"### Human: {request}"
         shown, end = kept.split("\n")
-        assert end.startswith("### Assistant:") and len(shown) >= 20 and story.startswith(shown)
+        assert end == "### Assistant:" and len(shown) >= 20 and story.startswith(shown)
     assert len(tokenizer(prompts[0]).input_ids) == 200 and prompts[1].count(story[:30]) == 1
     dense.config.max_position_embeddings = 100
     with pytest.raises(ConfigError, match="summary: the model has 80 positions besides the 20 new tokens"):

@@ -24,7 +24,17 @@ from .answers import exact_match, f1, names_an_answer, repetition, rouge_l
 from .continuations import Likelihood, log_likelihoods, prompt_length, prompt_room, write_greedily
 from .judge import Judge
 from .kick_data import KickTask
-from .kick_prompts import LETTERS, SUMMARISE, chat, conversation, listed_question, plain_question, retrieval_prompt
+from .kick_prompts import (
+    LETTERS,
+    SUMMARISE,
+    as_continuation,
+    chat,
+    conversation,
+    listed_question,
+    own_turn,
+    plain_question,
+    retrieval_prompt,
+)
 from .scores import TaskScore, mean_score
 
 logger = logging.getLogger(__name__)
@@ -198,7 +208,7 @@ class _Run:
             prompts = [chat(self.tokenizer, turns[index][: turn + 1], written[index]) for index in active]
             tokens = write_greedily(self.model, self.tokenizer, prompts, self.new_tokens, self._bar())
             for index, ids in zip(active, tokens, strict=True):
-                written[index].append(self.tokenizer.decode(ids, skip_special_tokens=True).strip())
+                written[index].append(own_turn(self.tokenizer, self.tokenizer.decode(ids, skip_special_tokens=True)))
                 repeated[index].append(repetition(ids))
         texts[self.task.name] = written
         scores = [self._score("repetition", [_mean(values) for values in repeated], higher_is_better=False)]
@@ -237,7 +247,8 @@ class _Run:
         for index, (asked, answers) in enumerate(zip(turns, texts, strict=True)):
             for turn, answer in enumerate(answers):
                 if answer:
-                    pairs.append((chat(self.tokenizer, asked[: turn + 1], answers[:turn]), answer))
+                    prompt = chat(self.tokenizer, asked[: turn + 1], answers[:turn])
+                    pairs.append((prompt, as_continuation(self.tokenizer, answer)))
                     owners.append(index)
         found = log_likelihoods(self.model, self.tokenizer, pairs, self._bar())
         by_item = {}

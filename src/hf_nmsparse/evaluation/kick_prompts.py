@@ -45,11 +45,21 @@ def chat(tokenizer: Any, asked: Sequence[str], answered: Sequence[str]) -> str:
     """A conversation that the model is to go on with."""
     if not tokenizer.chat_template:
         turns = "".join(f"### Human: {q}\n### Assistant: {a}\n" for q, a in zip(asked, answered, strict=False))
-        return f"{turns}### Human: {asked[-1]}\n### Assistant: "
+        return f"{turns}### Human: {asked[-1]}\n### Assistant:"  # a space would be half of the token that follows
     messages = [{"role": "user", "content": asked[0]}]
     for answer, question in zip(answered, asked[1:], strict=True):
         messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": question}]
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def as_continuation(tokenizer: Any, answer: str) -> str:
+    """An answer as it stands behind the conversation."""
+    return answer if tokenizer.chat_template else f" {answer}"
+
+
+def own_turn(tokenizer: Any, text: str) -> str:
+    """An answer as it was written, without what the model has the human ask next, where no template ends its turn."""
+    return (text if tokenizer.chat_template else text.split("### Human:")[0]).strip()
 
 
 def conversation(asked: Sequence[str], answered: Sequence[str]) -> str:
