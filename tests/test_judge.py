@@ -236,6 +236,7 @@ def test_what_the_judge_does_not_rate_is_counted_beside_the_mean_of_the_others(m
     assert (rows["judge"]["this"], rows["judge"]["dense"], rows["judge"]["items"]) == (4.0, 7.0, 2)
     assert "difference_standard_error" not in rows["judge"]
     assert (rows["judge_unrated"]["this"], rows["judge_unrated"]["dense"]) == (0.5, 0.0)
+    assert (rows["judge_unrated"]["lost"], rows["judge_unrated"]["won"]) == (1, 0)  # less would be better
     assert "summary: m gave no rating" in caplog.text
     server.reply = rated_by([None, None])
     found = run_kick(model, tokenizer, [SUMMARY], new_tokens=6, judge=Judge(server.url, "m"))

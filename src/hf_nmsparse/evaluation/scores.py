@@ -84,5 +84,7 @@ def task_entry(this: TaskScore, dense: TaskScore | None = None, suite: str | Non
             "", "", differences, shots=0, measured_by="", sha256=""
         ).standard_error
         if {*this.scores, *dense.scores} <= {0.0, 1.0}:
-            entry |= {"lost": sum(d < 0 for d in differences), "won": sum(d > 0 for d in differences)}
+            more, less = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
+            lost, won = (less, more) if this.higher_is_better else (more, less)
+            entry |= {"lost": lost, "won": won}
     return entry
