@@ -235,9 +235,9 @@ def test_rows_that_lack_something_are_left_out_and_counted(hub, caplog):
     hub(test=[{"RawQuestion": f"q{n}", "Parses": parses[n % 2]} for n in range(6)])
     [task] = fetch_tasks(["factoid"])
     assert sorted(item["question"] for item in task.items) == ["q0", "q2", "q4"]
-    assert "microsoft/freebase_qa, test: 3 rows without an answer or a text were left out" in caplog.text
+    assert "KelvinJiang/freebase_qa, test: 3 rows without an answer or a text were left out" in caplog.text
     hub(test=[{"RawQuestion": "q", "Parses": parses[1]}])
-    with pytest.raises(ConfigError, match=r"factoid: microsoft/freebase_qa \(default, test\) gave no items"):
+    with pytest.raises(ConfigError, match=r"factoid: KelvinJiang/freebase_qa \(default, test\) gave no items"):
         fetch_tasks(["factoid"])
 
 

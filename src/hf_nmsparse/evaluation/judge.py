@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A language model behind an OpenAI-compatible server that rates texts, as GPT-4 does in LLM-KICK and MT-Bench."""
+"""A language model behind an OpenAI-compatible server that rates texts, as GPT-4 does for LLM-KICK and MT-Bench."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ logger = logging.getLogger(__name__)
 KEY_VARIABLE = "OPENAI_API_KEY"
 _LONGEST_PAUSE = 60.0  # seconds before a further attempt
 _RATING = re.compile(r"\[\[\s*(-?\d+(?:\.\d+)?)\s*\]\]")
-# After the single-answer grading of MT-Bench (arXiv 2306.05685, appendix A), which LLM-KICK uses too.
+# After the single-answer grading of MT-Bench (arXiv 2306.05685). LLM-KICK has GPT-4 judge each text beside one of GPT-3.5,
+# by the same four measures of a summary; here each model is rated by itself, so that no third one's texts are needed.
 _RULES = (
     "Act as an impartial judge and rate how well an AI assistant responded to what it was asked for below. Consider "
     "helpfulness, relevance, accuracy, depth and level of detail; of a summary, consider coherence, consistency, fluency and "

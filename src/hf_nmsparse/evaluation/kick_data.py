@@ -228,7 +228,7 @@ class HubTask:
 
 
 HUB_TASKS = {
-    "factoid": HubTask("factoid", "microsoft/freebase_qa", None, "test", _freebase_qa, "refs/convert/parquet"),
+    "factoid": HubTask("factoid", "KelvinJiang/freebase_qa", None, "test", _freebase_qa, "refs/convert/parquet"),
     "choice": HubTask("choice", "cais/mmlu", "all", "test", _mmlu, examples="dev"),
     "retrieval": HubTask(
         "retrieval", "mandarjoshi/trivia_qa", "rc", "validation", _trivia_qa, buffer=2000
