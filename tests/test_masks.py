@@ -331,12 +331,15 @@ def test_bad_configs_are_refused(published, base_folder, text, message):
         nms.load_mask(load_base(base_folder), folder)
 
 
-def test_a_regular_expression_in_the_config_is_never_run(published, base_folder):
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "layers_pattern"])
+def test_a_regular_expression_in_the_config_is_never_run(published, base_folder, tokens, door, field):
     folder, _ = published
     path = folder / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "target_modules": "^(([a-z_.0-9])+)+!$"}))
-    with pytest.raises(FormatError, match="target_modules"):
-        nms.load_mask(load_base(base_folder), folder)
+    hostile = {field: "^(([a-z_.0-9])+)+!$", "layers_to_transform": None if field == "target_modules" else [0, 1]}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **hostile}))
+    with pytest.raises(FormatError, match=field):
+        door(base_folder, folder)(tokens)
 
 
 # --- deploy and verify ----------------------------------------------------------------------------------------------

@@ -213,6 +213,22 @@ class NMSparseConfig(PeftConfig):
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError("layers_pattern needs layers_to_transform, the block indices to prune")
+        if self.mask_format == "packed":
+            self._check_published_targets()
+
+    def _check_published_targets(self) -> None:
+        """A published mask names its layers one by one. PEFT would run any regular expression that stands there instead."""
+        if isinstance(self.target_modules, str):
+            raise FormatError(
+                f"target_modules={self.target_modules!r}: a published mask lists the names of its layers; the config is damaged or "
+                "hostile, fetch the mask again"
+            )
+        for name in ("exclude_modules", "layers_pattern", "layers_to_transform"):
+            if getattr(self, name):
+                raise FormatError(
+                    f"{name}={getattr(self, name)!r}: a published mask lists the names of its layers and leaves none out; the "
+                    "config is damaged or hostile, fetch the mask again"
+                )
 
     @property
     def trains_weight(self) -> bool:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEFAULT_SEQUENCE_LENGTH = 2048
+# Left out, Transformers would ask at a terminal whether to run the code that a repo brings along.
+_NO_CODE = {"trust_remote_code": False}
 
 
 @contextlib.contextmanager
@@ -77,8 +79,8 @@ def empty_model(source: str) -> nn.Module:
 
     _refuse_adapter(source)
     with fetching(source), torch.device("meta"):
-        config = AutoConfig.from_pretrained(source)
-        return AutoModelForCausalLM.from_config(config)
+        config = AutoConfig.from_pretrained(source, **_NO_CODE)
+        return AutoModelForCausalLM.from_config(config, **_NO_CODE)
 
 
 def load_model(
@@ -114,6 +116,7 @@ def load_model(
             device_map=device_map or chosen_device(device),
             offload_folder=offload_folder,
             revision=revision or "main",
+            **_NO_CODE,
         ).eval()
 
 
@@ -207,7 +210,7 @@ def load_tokenizer(source: str) -> Any:
     from transformers import AutoTokenizer
 
     with fetching(source):
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, **_NO_CODE)
 
 
 def copy_tokenizer(source: str, folder: Path) -> None:

@@ -255,7 +255,7 @@ def plain_config(folder: Path) -> PretrainedConfig:
         FormatError: if it is no config of a model that Transformers knows.
     """
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, TypeError, ValueError) as error:
         raise FormatError(f"{folder / 'config.json'}: {' '.join(str(error).split())}") from error
     if getattr(config, "quantization_config", None) is not None:
