@@ -313,6 +313,20 @@ def with_terms(inputs, tmp_path_factory) -> Path:
     return output
 
 
+def test_plan_says_what_each_of_several_devices_holds(there):
+    rows = facts("plan base --devices 4")["devices"]
+    assert [row["engine"] for row in rows] == ["ddp", "zero2", "fsdp2"] and rows[0]["total"] > rows[2]["total"]
+    assert facts("plan base --devices 4 --engine fsdp2")["devices"] == rows[2:]
+    assert [row["engine"] for row in facts("plan base --devices 4 --mask-optimizer-states 8bit")["devices"]] == ["ddp"]
+    assert "on each of 4 devices" in run("plan base --devices 4").stdout
+    for wrong, said in (
+        ("--engine ddp", "--devices"),
+        ("--devices 4 --engine x", "fsdp2"),
+        ("--devices 1", "at least 2"),
+    ):
+        assert said in run(f"plan base {wrong}", code=2).stderr
+
+
 def test_plan_counts_terms(there):
     plan = facts("plan base --slorb-block 8 --low-rank 2 --delta-rank 1 --relaxation elementwise")
     plain = facts("plan base --relaxation elementwise")

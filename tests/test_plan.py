@@ -20,6 +20,7 @@ from hf_nmsparse.errors import ConfigError, UnsupportedError
 from hf_nmsparse.packed import packed_sizes
 from hf_nmsparse.packed.stored_mask import inside_24
 from hf_nmsparse.training.cost import total_cost, training_cost
+from hf_nmsparse.training.devices import device_bytes
 
 ALL_TERMS = {"slorb_block": 5, "low_rank": 3, "delta_rank": 2}
 PROJECTION = {"slorb_block": 8, "slorb_train_projection": True, "low_rank": 2}
@@ -335,3 +336,52 @@ def test_training_with_sparse_weights_leaves_the_papers_share_of_the_operations(
     assert costs["both n:m"].weight_bytes == pytest.approx((2 * read + 2) * weights)
     with pytest.raises(ConfigError, match="tokens=0"):
         training_cost(planned, 0)
+
+
+# --- several devices ------------------------------------------------------------------------------------------------
+def test_blocks_and_edges_weigh_what_they_weigh(make_llama):
+    model = make_llama(torch.bfloat16, tie_word_embeddings=True)
+    plan = nms.plan(model, NMSparseConfig(dense_layers=["q_proj"]))
+    blocks = {
+        f"model.layers.{i}": sum(p.nbytes for p in block.parameters()) for i, block in enumerate(model.model.layers)
+    }
+    assert plan.block_bytes == blocks and plan.edge_bytes == model.lm_head.weight.nbytes
+
+
+def test_fsdp2_holds_a_share_of_everything_and_two_whole_blocks(make_llama):
+    plan = nms.plan(make_llama(), NMSparseConfig(low_rank=2), checkpointing=True)
+    model = get_peft_model(make_llama(), NMSparseConfig(low_rank=2))
+    three = device_bytes(plan, 3, "fsdp2")
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.nbytes for p in model.parameters()) - trained
+    assert (three.model, three.trainable, three.optimizer) == tuple(
+        -(-whole // 3) for whole in (frozen, trained, 2 * trained)
+    )
+    blocks = [list(block.parameters()) for block in model.base_model.model.model.layers]
+    assert three.communication == sum(p.nbytes for block in blocks for p in block)  # it has two
+    of_block = sum(p.nbytes for p in blocks[0] if p.requires_grad)
+    assert three.backward == -(-trained // 3) + 2 * of_block + plan.masked_weight_bytes
+
+
+def test_what_is_shared_out_shrinks_with_devices_and_what_is_not_stays(make_llama):
+    plan = nms.plan(make_llama(num_hidden_layers=8), NMSparseConfig())
+    few, many = ({engine: device_bytes(plan, n, engine) for engine in ("ddp", "zero2", "fsdp2")} for n in (2, 64))
+    assert few["ddp"].total == many["ddp"].total == plan.training_bytes + plan.trainable_bytes
+    assert (few["zero2"].model, few["zero2"].optimizer) == (plan.model_bytes, plan.optimizer_bytes // 2)
+    assert many["fsdp2"].total < few["fsdp2"].total < few["zero2"].total < few["ddp"].total
+    assert many["fsdp2"].total > plan.masked_weight_bytes  # each device masks all weights for its own samples
+
+
+@pytest.mark.parametrize(
+    ("options", "devices", "engine", "said"),
+    [
+        ({}, 2, "zero3", "ddp"),
+        ({}, 1, "ddp", "at least 2"),
+        ({"optimizer_states": "8bit"}, 2, "fsdp2", "MaskAdamW"),
+        ({"in_backward": True}, 2, "ddp", "other devices"),
+    ],
+)
+def test_what_no_engine_does_is_not_planned(make_llama, options, devices, engine, said):
+    plan = nms.plan(make_llama(), NMSparseConfig(), **options)
+    with pytest.raises(ConfigError, match=said):
+        device_bytes(plan, devices, engine)

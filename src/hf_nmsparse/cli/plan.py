@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..errors import ConfigError
 from .common import Answer, facts_table, size, table, verb
 from .models import empty_model
 from .options import (
@@ -42,6 +43,16 @@ TrainingCostOption = Annotated[
         "--training-cost", help="Count the operations and bytes of a training step: dense, and with n:m weights."
     ),
 ]
+DevicesOption = Annotated[
+    int | None,
+    typer.Option(
+        "--devices", metavar="N", help="Also say what each of N devices holds that train the masks together."
+    ),
+]
+EngineOption = Annotated[
+    str | None,
+    typer.Option("--engine", help="With --devices: ddp, zero2 or fsdp2; left out, those that can do it side by side."),
+]
 TokensOption = Annotated[
     int, typer.Option("--tokens", metavar="T", min=1, help="Tokens of that step: batch times sequence length.")
 ]
@@ -60,6 +71,8 @@ def plan(
     low_rank: LowRankOption = None,
     delta_rank: DeltaOption = None,
     dense_layers: DenseLayersOption = None,
+    devices: DevicesOption = None,
+    engine: EngineOption = None,
     training_cost: TrainingCostOption = False,
     tokens: TokensOption = 2048,
     json_output: JsonOption = False,
@@ -71,11 +84,15 @@ def plan(
     Example: nmsparse plan HuggingFaceTB/SmolLM2-135M --pattern 2:4 --low-rank 8
 
     Example: nmsparse plan HuggingFaceTB/SmolLM2-135M --pattern 2:8 --training-cost
+
+    Example: nmsparse plan HuggingFaceTB/SmolLM2-135M --gradient-checkpointing --devices 8 --engine fsdp2
     """
     with verb(json_output) as answer:
         from .. import NMSparseConfig
         from ..training import plan as make_plan
 
+        if engine is not None and devices is None:
+            raise ConfigError(f"--engine {engine} is for several devices; say how many with --devices")
         config = NMSparseConfig(
             pattern=pattern,
             relaxation=relaxation,
@@ -91,6 +108,8 @@ def plan(
         answer.facts = {"model": model, **planned.to_dict()}
         show_plan(answer, model, planned)
         show_ways(answer, planned)
+        if devices is not None:
+            show_devices(answer, planned, devices, engine)
         if training_cost:
             show_training_cost(answer, planned, tokens)
 
@@ -162,6 +181,20 @@ def show_ways(answer: Answer, planned: Plan) -> None:
     )
     columns = ("relaxation", "dtype", "AdamW", "in backward", "logits", "grads", "states", "sum", "")
     answer.show(table("bytes a masked weight, of its logits alone", columns, rows))
+
+
+def show_devices(answer: Answer, planned: Plan, devices: int, engine: str | None) -> None:
+    """Add to an answer what each device holds under an engine, or under each that can train what was planned."""
+    from ..training.devices import ENGINES, device_bytes, engines_for
+
+    found = [
+        device_bytes(planned, devices, name) for name in ([engine] if engine else engines_for(planned) or ENGINES)
+    ]
+    answer.facts["devices"] = [device.to_dict() for device in found]
+    columns = ("engine", "frozen", "trained", "AdamW", "backward", "engine's own", "sum")
+    parts = ("model", "trainable", "optimizer", "backward", "communication", "total")
+    rows = ((device.engine, *(size(getattr(device, part)) for part in parts)) for device in found)
+    answer.show(table(f"on each of {devices} devices, without activations", columns, rows))
 
 
 def show_training_cost(answer: Answer, planned: Plan, tokens: int) -> None:

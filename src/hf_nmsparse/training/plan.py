@@ -3,16 +3,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import torch
 from peft import get_peft_model
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..adapter import (
     BaseWeight,
@@ -86,7 +88,7 @@ def plan(
     head = skeleton.get_output_embeddings() if hasattr(skeleton, "get_output_embeddings") else None
     model_parameters = sum(parameter.numel() for parameter in skeleton.parameters())
     unpackable = unpackable_layers(skeleton)
-    blocks = _blocks(skeleton)
+    blocks = _block_bytes(model)
     computes_in = next(
         (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), torch.float32
     )
@@ -114,6 +116,8 @@ def plan(
         model_bytes=sum(parameter.nbytes for parameter in model.parameters()),
         other_trainable=max(0, trainable - sum(layer.parameters + layer.term_parameters for layer in layers)),
         mask_file_bytes=_mask_file_bytes(masked, weights, config),
+        block_bytes=blocks,
+        edge_bytes=_edge_bytes(model),
         layers=layers,
         skipped={
             name: _reason(name, base, base.module is head, resolved)
@@ -142,12 +146,29 @@ def _without_values(model: nn.Module, weights: Mapping[str, BaseWeight]) -> nn.M
     return copy.deepcopy(model, twins)
 
 
-def _blocks(model: nn.Module) -> list[str]:
-    """Module names of the model's blocks; none where it has none."""
+def _block_bytes(model: nn.Module) -> dict[str, int]:
+    """Module names of the model's blocks -> bytes of their weights; empty where it has none."""
     try:
-        return [f"{stack}.{index}" for stack, blocks in find_stacks(model) for index in range(len(blocks))]
+        stacks = find_stacks(model)
     except UnsupportedError:
-        return []
+        return {}
+    return {
+        f"{stack}.{index}": _parameter_bytes(block) for stack, blocks in stacks for index, block in enumerate(blocks)
+    }
+
+
+def _edge_bytes(model: nn.Module) -> int:
+    """Bytes of the input embeddings or of the output head, whichever are larger; 0 where there are none."""
+    if not isinstance(model, PreTrainedModel):
+        return 0
+    edges = [model.get_output_embeddings()]
+    with contextlib.suppress(NotImplementedError):  # of models that take no tokens
+        edges.append(model.get_input_embeddings())
+    return max((_parameter_bytes(edge) for edge in edges if edge is not None), default=0)
+
+
+def _parameter_bytes(module: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters())
 
 
 def _planned(
@@ -156,7 +177,7 @@ def _planned(
     base: BaseWeight,
     config: NMSparseConfig,
     unpackable: Mapping[str, str],
-    blocks: list[str],
+    blocks: Iterable[str],
     computes_in: torch.dtype,
 ) -> PlannedLayer:
     pattern = NMPattern(config.pattern)

@@ -97,6 +97,8 @@ class Plan:
         candidates (`int`): C(m, n).
         model_parameters (`int`), model_bytes (`int`): of the whole model, tied weights counted once.
         other_trainable (`int`): trainable parameters beside masks and terms (`modules_to_save`, token indices).
+        block_bytes (`dict[str, int]`): of the weights of each block, pruned or not.
+        edge_bytes (`int`): of the weights of the input embeddings or the output head, whichever are larger.
         layers (`list[PlannedLayer]`): what is pruned.
         skipped (`dict[str, str]`): linear layers and fused experts left dense -> why.
         mask_file_bytes (`int`): of a published mask's safetensors file, terms included.
@@ -114,6 +116,8 @@ class Plan:
     model_bytes: int
     other_trainable: int
     mask_file_bytes: int
+    block_bytes: dict[str, int]
+    edge_bytes: int
     layers: list[PlannedLayer] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
 
