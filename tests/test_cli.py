@@ -438,6 +438,21 @@ def test_a_checkpoint_that_is_not_whole_is_named(there, trained):
     assert "checkpoint-3 is incomplete (no optimizer.pt)" in error and "checkpoint-2" in error
 
 
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"])
+def test_a_checkpoint_that_was_cut_short_is_named_and_the_one_before_taken_only_when_asked(there, trained, name):
+    shutil.copytree(trained, "run")
+    path = Path("run/checkpoints/checkpoint-3", name)
+    path.write_bytes(path.read_bytes()[:-100])
+    line = f"train base --data train.txt --output run --prior wanda {STEPS}"
+    error = run(f"{line} --resume", 1).stderr
+    assert f"checkpoint-3 is incomplete ({name} is damaged or cut short)" in error
+    asked = "--resume_from_checkpoint run/checkpoints/checkpoint-2"
+    assert error.strip().endswith(asked)
+    if name == "optimizer.pt":
+        assert facts(f"{line} {asked}")["steps"] == 3  # and writes checkpoint-3 again
+        run(f"{line} --resume")
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

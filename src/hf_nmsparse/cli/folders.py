@@ -5,16 +5,20 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import zipfile
 from collections.abc import Iterable, Iterator
 from enum import Enum
 from pathlib import Path
 
-from ..errors import ConfigError
+from ..errors import ConfigError, FormatError
 from ..files import RESULTS_FILE, read_json, staged_folder
 from .common import size
 
 CHECKPOINTS = "checkpoints"
 NPZ_FILE = "mask_compressed.npz"  # as hub/npz_masks.py writes it
+# What a training run needs to go on.
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_TRAINER_FILES = ("optimizer.pt", "scheduler.pt", "trainer_state.json")
 MASK_FOLDER = "mask"  # the mask of a pruned model, inside its folder
 
 # Files that say what a folder holds. Left over from an artefact that was replaced, they would make it another one.
@@ -73,6 +77,58 @@ def checkpoints_in(folder: Path) -> list[Path]:
     found = (path for path in (folder / CHECKPOINTS).glob("checkpoint-*") if path.is_dir())
     numbered = [path for path in found if path.name.removeprefix("checkpoint-").isdigit()]
     return sorted(numbered, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def checkpoint_damage(checkpoint: Path, needed: Iterable[str] = (*ADAPTER_FILES, *_TRAINER_FILES)) -> list[str]:
+    """What is wrong with the files of a checkpoint, empty if it is whole. Looks at their ends and headers; unpickles nothing.
+
+    Args:
+        checkpoint (`Path`): its folder.
+        needed (`Iterable[str]`): the files; by default all that a run needs to go on.
+    """
+    damage = []
+    for name in (*needed, *sorted(path.name for path in checkpoint.glob("rng_state*.pth"))):
+        if not (checkpoint / name).is_file():
+            damage.append(f"no {name}")
+        elif not _is_whole(checkpoint / name):
+            damage.append(f"{name} is damaged or cut short")
+    return damage
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file has the end that its kind has. (`torch.save` writes a zip archive, whose directory is its end.)"""
+    if path.suffix in (".pt", ".pth"):
+        return zipfile.is_zipfile(path)
+    try:
+        if path.suffix == ".json":
+            read_json(path)
+        else:
+            stored_tensors(path.parent, path.name)
+    except FormatError:
+        return False
+    return True
+
+
+def stored_tensors(folder: Path, pattern: str = "*.safetensors") -> dict[str, tuple[str, list[int]]]:
+    """Tensor name -> (dtype, shape), from the headers of the safetensors files of a folder.
+
+    Raises:
+        FormatError: if a file is damaged, or there is none.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    found = {}
+    for path in sorted(folder.glob(pattern)):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118  (a safe_open handle is no mapping)
+                    part = file.get_slice(name)
+                    found[name] = (part.get_dtype(), part.get_shape())
+        except SafetensorError as error:
+            raise FormatError(f"{path} is damaged or cut short ({error}); fetch it again") from error
+    if not found:
+        raise FormatError(f"{folder} holds no safetensors file; it is incomplete, fetch or write it again")
+    return found
 
 
 def folder_bytes(folder: Path) -> int:

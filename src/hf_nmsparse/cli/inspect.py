@@ -12,7 +12,7 @@ import typer
 from ..errors import ConfigError, FormatError
 from ..files import RESULTS_FILE, read_json
 from .common import facts_table, size, verb
-from .folders import Kind, checkpoints_in, folder_bytes, kind_of
+from .folders import Kind, checkpoints_in, folder_bytes, kind_of, stored_tensors
 from .models import locate
 from .options import JsonOption, RevisionOption, TaskOption
 
@@ -105,7 +105,7 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
 
     config = read_json(folder / "adapter_config.json") or {}
     state = read_json(folder / "trainer_state.json") or {}
-    tensors = _tensors(folder)
+    tensors = stored_tensors(folder)
     parts = {name: name.removeprefix(PREFIX).removesuffix(".weight").rpartition(".") for name in tensors}
     trained = {
         place: name for name, (place, _, part) in parts.items() if part in ("nmsparse_logits", "nmsparse_weight")
@@ -130,7 +130,7 @@ def _packed(folder: Path) -> dict[str, Any]:
     from ..packed.weights import WEIGHT_LEAVES
 
     config = read_json(folder / "config.json") or {}
-    tensors = _tensors(folder)
+    tensors = stored_tensors(folder)
     layers = sorted(name.removesuffix(".weight_idx") for name in tensors if name.endswith(".weight_idx"))
     for name in layers:
         if f"{name}.weight" not in tensors:
@@ -172,7 +172,9 @@ def _bitmask(folder: Path) -> dict[str, Any]:
         "pattern": config["quantization_config"]["sparsity_config"].get("sparsity_structure"),
         **_recorded(folder),
         "architecture": (config.get("architectures") or [None])[0],
-        "layers": sorted(name.removesuffix(".bitmask") for name in _tensors(folder) if name.endswith(".bitmask")),
+        "layers": sorted(
+            name.removesuffix(".bitmask") for name in stored_tensors(folder) if name.endswith(".bitmask")
+        ),
         "file_bytes": folder_bytes(folder),
         "config": config["quantization_config"],
     }
@@ -207,24 +209,6 @@ def _recorded(folder: Path) -> dict[str, Any]:
     results = read_json(folder / RESULTS_FILE) or {}
     names = {"base": "base_model", "base_revision": "base_revision", "method": "method", "pattern": "pattern"}
     return {name: results[key] for name, key in names.items() if results.get(key) is not None}
-
-
-def _tensors(folder: Path) -> dict[str, tuple[str, list[int]]]:
-    """Tensor name -> (dtype, shape), from the headers of the safetensors files."""
-    from safetensors import SafetensorError, safe_open
-
-    found = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118  (a safe_open handle is no mapping)
-                    part = file.get_slice(name)
-                    found[name] = (part.get_dtype(), part.get_shape())
-        except SafetensorError as error:
-            raise FormatError(f"{path} is damaged or cut short ({error}); fetch it again") from error
-    if not found:
-        raise FormatError(f"{folder} holds no safetensors file; it is incomplete, fetch or write it again")
-    return found
 
 
 def _bytes(info: tuple[str, list[int]]) -> int:

@@ -13,7 +13,7 @@ import typer
 from ..errors import ConfigError, FormatError
 from ..files import read_json
 from .common import STOPPED, command_line, tell, verb
-from .folders import CHECKPOINTS, Kind, check_output, checkpoints_in, remove_checkpoints
+from .folders import CHECKPOINTS, Kind, check_output, checkpoint_damage, checkpoints_in, remove_checkpoints
 from .models import empty_model
 from .options import (
     TEXT_HELP,
@@ -431,14 +431,10 @@ def _checkpoint(output: Path, resume: bool, overwrite: bool, arguments: Any, mod
 
 def _complete(checkpoint: Path, all_of_them: list[Path]) -> Path:
     """Refuse a checkpoint that was not written to its end."""
-    needed = ("adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
-    missing = [name for name in needed if not (checkpoint / name).is_file()]
-    if missing:
-        earlier = [path for path in all_of_them if path != checkpoint]
-        way_out = (
-            f"go on from the one before with --resume_from_checkpoint {earlier[-1]}" if earlier else "start again"
-        )
-        raise FormatError(f"{checkpoint} is incomplete (no {', '.join(missing)}); {way_out}")
+    if damage := checkpoint_damage(checkpoint):
+        whole = [path for path in all_of_them if path != checkpoint and not checkpoint_damage(path)]
+        way_out = f"go on from a whole one with --resume_from_checkpoint {whole[-1]}" if whole else "start again"
+        raise FormatError(f"{checkpoint} is incomplete ({', '.join(damage)}); {way_out}")
     return checkpoint
 
 
