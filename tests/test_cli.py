@@ -627,9 +627,9 @@ def test_an_interrupted_write_leaves_nothing(there, monkeypatch):
 
 # --- the command itself ---------------------------------------------------------------------------------------------
 def test_every_verb_has_help_with_an_example():
-    for verb in ("plan", "prune", "train", "merge", "compress", "eval", "inspect", "verify"):
+    for verb in ("plan", "prune", "train", "merge", "compress", "eval", "inspect", "verify", "doctor"):
         text = " ".join(run(f"{verb} --help").stdout.split())
-        assert f"Example: nmsparse {verb} " in text and "--json" in text, verb
+        assert f"Example: nmsparse {verb} " in f"{text} " and "--json" in text, verb
         assert verb in run("--help").stdout
 
 

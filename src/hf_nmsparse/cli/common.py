@@ -63,7 +63,7 @@ def verb(json_output: bool) -> Iterator[Answer]:
         try:
             yield answer
         except (NMSparseError, OSError) as error:
-            answer = Answer({"ok": False, "error": _one_line(error), "kind": type(error).__name__}, code=_code(error))
+            answer = Answer({"ok": False, "error": one_line(error), "kind": type(error).__name__}, code=_code(error))
             if os.environ.get(DEBUG_VARIABLE, "0") != "0":
                 traceback.print_exc()
             tell(f"error: {answer.facts['error']}", style="bold red")
@@ -131,7 +131,8 @@ def _code(error: Exception) -> int:
     return WRONG_USE
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """What an error says, on one line."""
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split())

@@ -13,6 +13,7 @@ from .bench import bench
 from .compress import compress
 from .demo import demo
 from .diff import diff
+from .doctor import doctor
 from .eval import evaluate
 from .export import export
 from .import_mask import import_mask
@@ -75,6 +76,7 @@ _add("inspect", inspect)
 _add("import-mask", import_mask)
 _add("diff", diff)
 _add("verify", verify)
+app.command("doctor")(doctor)  # without arguments: of this machine
 
 
 def main() -> None:

@@ -48,6 +48,11 @@ def native_library() -> ctypes.CDLL | None:
         return None
 
 
+def find_compiler() -> str | None:
+    """The C++ compiler that is used: what CXX names, else the first in PATH of those that are known."""
+    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
+
+
 def build(*architecture: str) -> Path:
     """Compile the kernels, unless that was done before, and return the library.
 
@@ -58,7 +63,7 @@ def build(*architecture: str) -> Path:
         OSError: if there is no compiler or the cache cannot be written.
         subprocess.SubprocessError: if the compiler fails.
     """
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
+    compiler = find_compiler()
     if compiler is None:
         raise OSError("no C++ compiler found")
     sources = sorted([*SOURCE_FOLDER.glob("*.cpp"), *SOURCE_FOLDER.glob("*.inc")])
