@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -68,6 +70,21 @@ def staged_folder(folder: str | os.PathLike) -> Iterator[Path]:
             os.replace(source, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def leftovers(folder: str | os.PathLike) -> list[Path]:
+    """What writers that were killed have left in a folder, or beside it on its way there. One that runs now has them too."""
+    folder = Path(folder).resolve()
+    inside = folder.iterdir() if folder.is_dir() else ()
+    found = [path for path in inside if (name := _target(path)) and (path.is_dir() or "." in name)]
+    beside = folder.parent.glob(f".{glob.escape(folder.name)}.*")
+    return sorted([*found, *(path for path in beside if path.is_dir() and _target(path) == folder.name)])
+
+
+def _target(path: Path) -> str | None:
+    """The name of what a temporary file or folder was to become, as `tempfile` names it above; `None` for others."""
+    match = re.fullmatch(r"\.(.+)\.[a-z0-9_]{8}", path.name)
+    return match[1] if match else None
 
 
 def _umask() -> int:

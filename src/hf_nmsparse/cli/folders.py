@@ -15,10 +15,11 @@ from ..files import RESULTS_FILE, read_json, staged_folder
 from .common import size
 
 CHECKPOINTS = "checkpoints"
+COMMAND_FILE = "command.txt"  # beside the checkpoints: what goes on from the newest
 NPZ_FILE = "mask_compressed.npz"  # as hub/npz_masks.py writes it
 # What a training run needs to go on.
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-_TRAINER_FILES = ("optimizer.pt", "scheduler.pt", "trainer_state.json")
+TRAINER_FILES = ("optimizer.pt", "scheduler.pt", "trainer_state.json")
 MASK_FOLDER = "mask"  # the mask of a pruned model, inside its folder
 
 # Files that say what a folder holds. Left over from an artefact that was replaced, they would make it another one.
@@ -74,20 +75,26 @@ def kind_of(folder: Path) -> Kind:
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """Checkpoints that a training run has left in its output folder, oldest first."""
-    found = (path for path in (folder / CHECKPOINTS).glob("checkpoint-*") if path.is_dir())
+    return numbered_checkpoints(folder / CHECKPOINTS)
+
+
+def numbered_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints that a Trainer has left in a folder, oldest first."""
+    found = (path for path in folder.glob("checkpoint-*") if path.is_dir())
     numbered = [path for path in found if path.name.removeprefix("checkpoint-").isdigit()]
     return sorted(numbered, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
-def checkpoint_damage(checkpoint: Path, needed: Iterable[str] = (*ADAPTER_FILES, *_TRAINER_FILES)) -> list[str]:
+def checkpoint_damage(checkpoint: Path, needed: Iterable[str] = (*ADAPTER_FILES, *TRAINER_FILES)) -> list[str]:
     """What is wrong with the files of a checkpoint, empty if it is whole. Looks at their ends and headers; unpickles nothing.
 
     Args:
         checkpoint (`Path`): its folder.
-        needed (`Iterable[str]`): the files; by default all that a run needs to go on.
+        needed (`Iterable[str]`): files that must be there; by default all that a run needs to go on.
     """
     damage = []
-    for name in (*needed, *sorted(path.name for path in checkpoint.glob("rng_state*.pth"))):
+    there = sorted(path.name for path in checkpoint.glob("*") if path.suffix in (".pt", ".pth", ".safetensors"))
+    for name in dict.fromkeys([*needed, *there]):
         if not (checkpoint / name).is_file():
             damage.append(f"no {name}")
         elif not _is_whole(checkpoint / name):

@@ -67,7 +67,11 @@ def locate(source: str, weights: bool = False, revision: str | None = None, task
     quiet_unless_watched()
     patterns = ["*.json", *(["*.safetensors"] if weights else [])]
     folder = local_folder(source, revision, task, patterns)
-    if not folder.is_dir():
+    if not folder.is_dir():  # of a repo none of whose files were wanted, there is none either
+        if task is None:
+            raise ConfigError(
+                f"{source} holds no mask and no model; of a repo with masks of several tasks name one with --task"
+            )
         raise ConfigError(f"{source} has no subfolder {task!r}")
     return folder
 

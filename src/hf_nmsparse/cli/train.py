@@ -11,9 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigError, FormatError
-from ..files import read_json
+from ..files import read_json, write_file
 from .common import STOPPED, command_line, tell, verb
-from .folders import CHECKPOINTS, Kind, check_output, checkpoint_damage, checkpoints_in, remove_checkpoints
+from .folders import (
+    CHECKPOINTS,
+    COMMAND_FILE,
+    Kind,
+    check_output,
+    checkpoint_damage,
+    checkpoints_in,
+    remove_checkpoints,
+)
 from .models import empty_model
 from .options import (
     TEXT_HELP,
@@ -309,6 +317,7 @@ def train(
         masked = run.masked_model(config, dtype, resuming=checkpoint is not None)
         if checkpoint is None:
             remove_checkpoints(output)  # there are some only with --overwrite
+        write_file(output / CHECKPOINTS / COMMAND_FILE, _resume_command() + "\n")  # for `nmsparse doctor`
         trainer = run.trainer(masked, arguments)
         if not _train(trainer, checkpoint):
             step, again = trainer.state.global_step, _resume_command()
@@ -449,8 +458,14 @@ def _check_same(config: NMSparseConfig, checkpoint: Path) -> None:
 
 
 def _resume_command() -> str:
-    command = command_line()
-    return command if "--resume" in shlex.split(command) else f"{command} --resume"
+    """What was typed, so that it goes on from the newest checkpoint."""
+    typed, words = iter(shlex.split(command_line())), []
+    for word in typed:
+        if word.replace("-", "_") == "__resume_from_checkpoint":
+            next(typed, None)
+        elif word != "--resume" and not word.replace("-", "_").startswith("__resume_from_checkpoint="):
+            words.append(word)
+    return shlex.join([*words, "--resume"])
 
 
 # --- the run --------------------------------------------------------------------------------------------------------
