@@ -20,9 +20,10 @@ def fingerprint(weight: torch.Tensor) -> torch.Tensor | None:
         weight (`torch.Tensor`): `[out, in]`, any float dtype and device.
 
     Returns:
-        uint8 tensor `[16]` on the CPU, or `None` where the values cannot be read (meta, quantised, sharded to nothing).
+        uint8 tensor `[16]` on the CPU, or `None` where the values cannot be read (meta, quantised, sharded).
     """
-    if weight.is_meta or not weight.is_floating_point() or weight.numel() == 0:
+    sharded = hasattr(weight, "full_tensor") or weight.numel() == 0  # a DTensor, or what ZeRO-3 has partitioned
+    if weight.is_meta or not weight.is_floating_point() or sharded:
         return None
     flat = weight.detach().reshape(-1)
     stride = max(1, flat.numel() // _SAMPLES)

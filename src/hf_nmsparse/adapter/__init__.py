@@ -7,6 +7,7 @@ from .config import NMSparseConfig
 from .layer import NMSparseLayer
 from .linear import NMSparseConv2d, NMSparseLinear, ParamWrapper
 from .model import NMSparseModel, mask_layers, refuse_to_merge_over_a_mask, set_mask_step
+from .sharding import is_sharded, is_writer, refuse_sharded, whole_tensors
 from .terms import TERM_CONTAINERS, side_branch, term_shapes
 
 
@@ -26,10 +27,14 @@ __all__ = [
     "NMSparseModel",
     "ParamWrapper",
     "base_weights",
+    "is_sharded",
+    "is_writer",
     "linear_and_expert_weights",
     "mask_layers",
+    "refuse_sharded",
     "register",
     "set_mask_step",
     "side_branch",
     "term_shapes",
+    "whole_tensors",
 ]

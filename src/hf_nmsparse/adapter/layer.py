@@ -14,6 +14,7 @@ from .. import ops
 from ..errors import ScheduleError, UnsupportedError
 from ..ops.shared_sample import SharedSample
 from ..relaxations import Moment, sampling_state
+from .sharding import refuse_sharded, whole_tensors
 from .state import MaskState
 from .terms import side_branch, with_delta
 
@@ -26,11 +27,12 @@ class NMSparseLayer(MaskState):
 
     # --- arithmetic -------------------------------------------------------------------------------------------------
     def mask_codes(self, adapter_name: str) -> torch.Tensor:
-        """The hard mask of an adapter as codes, int64 `[out, groups]`, after `check_usable`."""
-        self.check_usable(adapter_name)
-        if adapter_name in self.nmsparse_packed:
-            return self._verified_codes(adapter_name)
-        with torch.no_grad():
+        """The hard mask of an adapter as codes, int64 `[out, groups]`, after `check_usable`. Where weights are sharded all
+        processes have to ask."""
+        with whole_tensors(self), torch.no_grad():
+            self.check_usable(adapter_name)
+            if adapter_name in self.nmsparse_packed:
+                return self._verified_codes(adapter_name)
             return self.relaxations[adapter_name].codes(self._tensors_of(adapter_name), self.in_features)
 
     def _verified_codes(self, adapter_name: str) -> torch.Tensor:
@@ -208,6 +210,7 @@ class NMSparseLayer(MaskState):
     def hard_weight(self, adapter_names: list[str]) -> torch.Tensor:
         """The weight that is left of the unmerged base weight under deltas and hard masks, exactly n:m, `[out, in]`."""
         self._check_alone(adapter_names)
+        refuse_sharded(self, self.module_name, "merging or compressing a mask")
         weight = self._pristine()
         for name in adapter_names:
             weight = with_delta(self._own_weight(name, weight), self._tensors_of(name))

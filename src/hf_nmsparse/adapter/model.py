@@ -23,6 +23,7 @@ from .config import NMSparseConfig
 from .layer import NMSparseLayer
 from .linear import NMSparseConv2d, NMSparseLinear, ParamWrapper
 from .mixed_batch import adapter_for_each_sample
+from .sharding import refuse_sharded
 from .targets import is_target, resolve_targets
 
 logger = logging.getLogger(__name__)
@@ -130,6 +131,7 @@ class NMSparseModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         if isinstance(target, NMSparseLayer) and parameter_name in (None, target.parameter_name):
+            refuse_sharded(target, current_key, "putting a mask on")
             target.update_layer(adapter_name, peft_config)
             return
         if isinstance(target, BaseTunerLayer) and not isinstance(target, ParamWrapper):
@@ -137,6 +139,7 @@ class NMSparseModel(BaseTuner):
                 f"{current_key} already carries a {type(target).__name__} adapter; add the mask first and the other "
                 "adapter on top, or merge the other adapter into the base"
             )
+        refuse_sharded(target, current_key, "putting a mask on")
         if parameter_name is not None:
             module = target.get_base_layer() if isinstance(target, ParamWrapper) else target
             base = expert_base_weight(module, parameter_name, current_key)

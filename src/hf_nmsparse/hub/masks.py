@@ -24,8 +24,10 @@ from ..adapter import (
     NMSparseLayer,
     ParamWrapper,
     base_weights,
+    is_writer,
     mask_layers,
     term_shapes,
+    whole_tensors,
 )
 from ..criteria import PruneReport
 from ..errors import BaseModelMismatchError, ConfigError, FormatError
@@ -56,6 +58,9 @@ def save_mask(
     It is the hard mask of an adapter, with the terms beside it (SLoRB, low rank, delta) in the dtype of the base weight; or,
     with `report`, the one that one-shot pruning chose. That is the mask of the dense model as it was before: new values
     that pruning gave to kept weights are no part of it.
+
+    Of several processes (torchrun, accelerate launch) the first writes. All of them may call this; where weights are
+    sharded (FSDP2) all of them have to, and the others go on while the first still writes.
 
     Args:
         model (`PeftModel` or a model with a mask adapter): the model; with `report` the plain one that was pruned, packed or
@@ -99,6 +104,8 @@ def save_mask(
     results.sizes["mask"] = len(content)
     results.mask_bits_per_weight = 8 * len(content) / weights
     results.mask_bits_bound = NMPattern(config.pattern).entropy_bits_per_weight
+    if not is_writer():
+        return Path(folder)
     with staged_folder(folder) as staging:
         (staging / SAFETENSORS_WEIGHTS_NAME).write_bytes(content)
         config.save_pretrained(str(staging))
@@ -132,10 +139,11 @@ def _of_adapter(
     linear, parameters = _names_by_kind(layers)
     tensors: dict[str, torch.Tensor] = {}
     for name, place in stored_paths(linear, parameters).items():
-        tensors |= _stored_tensors(place, layers[name], adapter_name)
+        with whole_tensors(layers[name]):
+            tensors |= _stored_tensors(place, layers[name], adapter_name)
     results.sparse_layers = sorted(layers)
     results.fused_experts = sorted(name for name in parameters if layers[name].base_weight.is_fused_experts)
-    weights = sum(math.prod(layer.base_weight.shape) for layer in layers.values())
+    weights = sum(layer.out_features * layer.in_features for layer in layers.values())
     return published_config(stored, linear, parameters), tensors, weights
 
 

@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..adapter import NMSparseConfig, NMSparseLayer, mask_layers, set_mask_step
+from ..adapter import NMSparseConfig, NMSparseLayer, mask_layers, set_mask_step, whole_tensors
 from ..errors import ConfigError
 from ..relaxations import sampling_state
+from .engines import check_engine, data_process, refuse_zero3
 from .optimizers import rounds_stochastically
 
 logger = logging.getLogger(__name__)
@@ -53,8 +54,11 @@ class MaskScheduleCallback(TrainerCallback):
     """Tells the masks of a model the optimizer step and the draw, on which schedules and noise depend, and adds the decay of
     pruned weights to the gradients of methods that have it.
 
-    The schedules span `max_steps` of the run. Every mask adapter of the model is served.
+    The schedules span `max_steps` of the run. Every mask adapter of the model is served. Before training it refuses what the
+    engine that spreads it over processes would do wrong.
     """
+
+    trains_in_phases = False
 
     def __init__(self) -> None:
         self._micro_step = 0
@@ -62,6 +66,7 @@ class MaskScheduleCallback(TrainerCallback):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs
     ) -> None:
+        refuse_zero3(args)
         # trl casts what trains over a quantised base to bfloat16. The optimizer does not exist yet, so this is in time.
         given = {id(layer.mask_parameter(name)): layer.configs[name] for _, layer, name in trained_layers(model)}
         low = [p for name, p in model.named_parameters() if ".nmsparse_" in name and p.requires_grad]
@@ -83,6 +88,7 @@ class MaskScheduleCallback(TrainerCallback):
         for layer in mask_layers(model).values():  # a run that failed within a phase may have left some waiting
             for adapter_name in layer.configs:
                 layer.pause(adapter_name, False)
+        check_engine(args, model, optimizer, self.trains_in_phases)
         layers = list(trained_layers(model))
         # Terms may train beside a mask that stays as it is.
         if not any(layer.trains(name) for layer in mask_layers(model).values() for name in layer.configs):
@@ -119,8 +125,12 @@ class MaskScheduleCallback(TrainerCallback):
         add_mask_decay(model)
 
     def _tell(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
-        draw = self._micro_step * args.world_size + args.process_index
-        set_mask_step(model, state.global_step, state.max_steps, draw, args.gradient_accumulation_steps)
+        set_mask_step(model, state.global_step, state.max_steps, self._draw(args), args.gradient_accumulation_steps)
+
+    def _draw(self, args: TrainingArguments) -> int:
+        """Number of this pass among those of an optimizer step, over all processes."""
+        rank, processes = data_process(args)
+        return self._micro_step * processes + rank
 
 
 class MaskMetricsCallback(TrainerCallback):
@@ -234,8 +244,9 @@ def _small_codes(layer: NMSparseLayer, adapter_name: str) -> torch.Tensor:
 @torch.no_grad()
 def _certainty(layer: NMSparseLayer, adapter_name: str) -> tuple[float, float, int]:
     """(sum of largest probabilities, sum of entropies in bits, groups) on evenly spaced rows, without noise."""
-    logits = layer.nmsparse_logits[adapter_name].weight
-    logits = logits[:: max(1, len(logits) // _PROBABILITY_ROWS)]
+    with whole_tensors(layer.nmsparse_logits[adapter_name]):
+        logits = layer.nmsparse_logits[adapter_name].weight
+        logits = logits[:: max(1, len(logits) // _PROBABILITY_ROWS)].clone()
     state = sampling_state(layer.configs[adapter_name], layer.moments.get(adapter_name), logits.device)
     parameters = {"nmsparse_logits": logits}
     return layer.relaxations[adapter_name].certainty(parameters, layer.in_features, state)

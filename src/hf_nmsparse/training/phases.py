@@ -37,6 +37,8 @@ class MaskPhaseCallback(MaskScheduleCallback):
             or the steps do not add up.
     """
 
+    trains_in_phases = True
+
     def __init__(self, phases: Sequence[tuple[str | Sequence[str], int]]) -> None:
         super().__init__()
         self.phases = [_checked(phase) for phase in phases]
@@ -116,14 +118,13 @@ class MaskPhaseCallback(MaskScheduleCallback):
                     optimizer.state.pop(trained, None)
 
     def _tell(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
-        draw = self._micro_step * args.world_size + args.process_index
         for layer in mask_layers(model).values():
             for adapter_name, config in layer.configs.items():
                 if config.mask_format == "logits":
                     spans = self._spans.get((layer.module_name, adapter_name), [(0, state.max_steps)])
                     # Of a waiting mask: the phase it has been through, else its first, whose schedules are at the start.
                     first, end = max((span for span in spans if span[0] <= state.global_step), default=spans[0])
-                    steps = state.global_step, end, draw, args.gradient_accumulation_steps, first
+                    steps = state.global_step, end, self._draw(args), args.gradient_accumulation_steps, first
                     layer.set_moment(adapter_name, Moment(*steps))
 
 

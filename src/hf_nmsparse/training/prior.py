@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import nn
 
 from .. import ops
-from ..adapter import NMSparseConfig, NMSparseLayer, mask_layers
+from ..adapter import NMSparseConfig, NMSparseLayer, mask_layers, refuse_sharded
 from ..criteria import (
     BlockInputs,
     Choice,
@@ -79,6 +79,8 @@ def set_prior(
         )
     if not layers:
         raise ConfigError(f"the model has no mask adapter {adapter_name!r}")
+    for name, layer in layers.items():
+        refuse_sharded(layer, name, "setting a prior")
     config = next(iter(layers.values())).configs[adapter_name]
     if config.mask_format != "logits":
         raise ConfigError(f"adapter {adapter_name!r} is a published mask (codes); it has no logits to initialise")
