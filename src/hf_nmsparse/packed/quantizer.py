@@ -201,7 +201,7 @@ class PackedQuantizer(HfQuantizer):
         wanted = self.get_modules_to_not_convert(
             model,
             self.quantization_config.modules_to_not_convert,
-            model._keep_in_fp32_modules,
+            _compat.modules_kept_in_float32(model),
             add_default_skips=True,
         )
         linear, unpackable = linear_layers(model), unpackable_layers(model)
@@ -272,7 +272,7 @@ class PackedQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
         """Format version and digests, for the header of each safetensors file."""
-        if getattr(model, "_hf_peft_config_loaded", False):  # save_pretrained writes the adapter alone
+        if _compat.has_injected_adapters(model):  # save_pretrained writes the adapter alone
             return None, {}
         state = model.state_dict()
         names = [name for layer, _ in packed_layers(model) for name in _packed_names(layer, state)]
