@@ -324,6 +324,10 @@ def test_sources_on_the_hub(llama, make_llama, npz, tmp_path, monkeypatch):
         assert same_weights(old, masked_llama()) and old.config._commit_hash == commits["old"]
         assert facts(f"compress user/old --output {tmp_path}/packed")["layers"] == 6
         assert json.loads((tmp_path / "packed" / "results.json").read_text())["base_revision"] == commits["old"]
+        facts(f"prune user/sparse --criterion magnitude --output {tmp_path}/pruned")
+        for written in ("pruned", "pruned/mask"):
+            recorded = json.loads((tmp_path / written / "results.json").read_text())
+            assert (recorded["base_model"], recorded["base_revision"]) == ("user/sparse", commits["sparse"])
         with pytest.raises(HubError, match="no such branch"):
             find_mask("user/npz", llama, revision="elsewhere")
 

@@ -81,10 +81,14 @@ def empty_model(source: str) -> nn.Module:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    _refuse_adapter(source)
+    from .._compat import note_source
+
+    commit = _commit(source, _model_folder(source))
     with fetching(source), torch.device("meta"):
-        config = AutoConfig.from_pretrained(source, **_NO_CODE)
-        return AutoModelForCausalLM.from_config(config, **_NO_CODE)
+        config = AutoConfig.from_pretrained(source, revision=commit or "main", **_NO_CODE)
+        model = AutoModelForCausalLM.from_config(config, **_NO_CODE)
+    note_source(model, source, commit)
+    return model
 
 
 def load_model(
@@ -107,21 +111,27 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
+    from .._compat import note_source
+
     quiet_unless_watched()
-    if _refuse_adapter(source) is Kind.BITMASK:  # Transformers would give it random weights
+    folder = _model_folder(source, revision)
+    if kind_of(folder) is Kind.BITMASK:  # Transformers would give it random weights
         return _load_bitmask(source, dtype, device, device_map)
     if device_map is not None:  # whoever asked for "disk" knows that parameters are offloaded
         logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
+    commit = _commit(source, folder)
     with fetching(source):
-        return AutoModelForCausalLM.from_pretrained(
+        model = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype.value,
             use_safetensors=True,
             device_map=device_map or chosen_device(device),
             offload_folder=offload_folder,
-            revision=revision or "main",
+            revision=commit or "main",
             **_NO_CODE,
-        ).eval()
+        )
+    note_source(model, source, commit)
+    return model.eval()
 
 
 def chosen_device(device: str | None) -> str:
@@ -139,12 +149,18 @@ def chosen_device(device: str | None) -> str:
     return device or ("cuda" if gpus else "cpu")
 
 
-def _refuse_adapter(source: str) -> Kind:
-    """Transformers would load the adapter's base with the adapter on it, where a plain model is asked for."""
-    kind = kind_of(locate(source))
+def _model_folder(source: str, revision: str | None = None) -> Path:
+    """A folder with the config of a plain model; of an adapter, Transformers would load the base with the adapter on it."""
+    folder = locate(source, revision=revision)
+    kind = kind_of(folder)
     if kind in (Kind.MASK, Kind.CHECKPOINT, Kind.ADAPTER):
         raise ConfigError(f"{source} is no model ({kind.value}); name its base model here")
-    return kind
+    return folder
+
+
+def _commit(source: str, folder: Path) -> str | None:
+    """The commit of a fetched repo: its folder in the cache is called after it."""
+    return None if Path(source).exists() else folder.name
 
 
 def _load_bitmask(source: str, dtype: Dtype, device: str | None, device_map: dict[str, str] | None) -> nn.Module:
