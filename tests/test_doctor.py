@@ -2,6 +2,7 @@
 """`nmsparse doctor`: what it says of machines, folders and repos, sound and not."""
 
 import importlib.metadata
+import io
 import json
 import pickle
 import shlex
@@ -13,10 +14,12 @@ import pytest
 import torch
 from command_line import facts, run
 from local_hub import as_the_hub
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from small_inputs import make_inputs
 from tests_support import rewrite
 
+from hf_nmsparse.cli.findings import Findings
 from hf_nmsparse.files import staged_folder
 from hf_nmsparse.ops.linear24.tables import forget_tables
 from hf_nmsparse.ops.native_build import native_library
@@ -53,6 +56,18 @@ def test_a_sound_machine():
     shown = run("doctor").stdout.splitlines()
     assert "  ok       torch: " in "\n".join(shown) and shown[-1].startswith("0 problems")
     assert max(map(len, shown)) > 80  # in a file a check is one line
+
+
+def test_narrow_terminals_get_hanging_lines_but_commands_in_one_piece():
+    findings = Findings("subject")
+    findings.note("what", "found " * 20, "command " * 20)
+    console = Console(width=40, file=io.StringIO())
+    for item in findings.shown():
+        console.print(item, soft_wrap=getattr(item, "no_wrap", False))
+    lines = console.file.getvalue().splitlines()
+    assert len(lines) == 7 and lines[1].startswith("  note     what: found")
+    assert all(line.startswith(" " * 11 + "found") and len(line) <= 40 for line in lines[2:-1])
+    assert lines[-1].strip() == ("-> " + "command " * 20).strip()
 
 
 def test_packages_that_are_absent_or_of_another_version(monkeypatch):

@@ -73,9 +73,10 @@ def verb(json_output: bool) -> Iterator[Answer]:
     if json_output:
         typer.echo(json.dumps(_finite({"ok": answer.code == OK} | answer.facts)))
     else:
-        console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+        console = Console(highlight=False)
         for item in answer.shown:
-            console.print(item)
+            unbroken = isinstance(item, Text) and bool(item.no_wrap)
+            console.print(item, soft_wrap=unbroken or not sys.stdout.isatty())
     if answer.code != OK:
         raise typer.Exit(answer.code)
 

@@ -55,7 +55,8 @@ def doctor(
             "findings": [result.to_dict() for result in results],
         }
         answer.code = FAILED if counts[State.PROBLEM] else OK
-        answer.show(*results)
+        for result in results:
+            answer.show(*result.shown())
         answer.show(f"{_number(counts[State.PROBLEM], 'problem')}, {_number(counts[State.NOTE], 'note')}")
 
 

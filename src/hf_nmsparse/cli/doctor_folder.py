@@ -69,7 +69,8 @@ def _examine(findings: Findings, folder: Path, source: str, revision: str | None
     if kind is Kind.NOTHING:
         _other_files(findings, folder)
         return
-    findings.ok("kind", f"{kind.value}, {size(folder_bytes(folder))}")
+    stored = folder_bytes(folder)
+    findings.ok("kind", f"{kind.value}, {size(stored)}" if stored else kind.value)
     if _only_pickles(findings, folder):
         return
     if kind is Kind.MASK:
@@ -99,7 +100,7 @@ def _mask(findings: Findings, folder: Path, source: str, revision: str | None, t
         findings.ok("codes", f"{found}; every digest and code is right")
     if base := _base(findings, folder, source):
         compare = f"nmsparse verify {_quote(source)} --base {_quote(base)}"
-        findings.ok("base model", f"{base}; whether it has the right weights says: {compare}")
+        findings.ok("base model", f"{base} (to compare its weights: {compare})")
 
 
 def _base(findings: Findings, folder: Path, source: str) -> str | None:

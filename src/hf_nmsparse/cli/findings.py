@@ -26,7 +26,7 @@ class State(str, Enum):
 
 
 _STYLES = {State.OK: "green", State.NOTE: "yellow", State.PROBLEM: "bold red"}
-_WIDTH = len(State.PROBLEM.value)
+_MARGIN = len(State.PROBLEM.value) + 4
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,19 @@ class Finding:
     what: str
     found: str
     advice: str | None = None
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """One line; in a terminal that is too narrow for it the rest hangs below its begin."""
+        mark = Text(f"  {self.state.value}".ljust(_MARGIN), style=_STYLES[self.state])
+        text = Text(f"{self.what}: {self.found}")
+        if options.no_wrap:  # in a file, where lines are to be found by grep
+            yield mark + text
+        else:
+            grid = Table.grid()
+            grid.add_column(width=_MARGIN, no_wrap=True)
+            grid.add_column(ratio=1, overflow="fold")
+            grid.add_row(mark, text)
+            yield grid
 
 
 @dataclass
@@ -89,19 +102,10 @@ class Findings:
             "checks": [asdict(check) | {"state": check.state.value} for check in self.checks],
         }
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """For people: a line a check, its rest hanging below its begin where the terminal is narrow."""
+    def shown(self) -> Iterator[Text | Finding]:
+        """For people: a line a check, and below it what to do, which may be a command to copy and is not broken into lines."""
         yield Text(self.subject, style="bold")
         for check in self.checks:
-            mark = Text(f"  {check.state.value:<{_WIDTH}}  ", style=_STYLES[check.state])
-            texts = [Text(f"{check.what}: {check.found}"), *([Text(f"-> {check.advice}")] if check.advice else [])]
-            for text in texts:
-                if options.no_wrap:  # in a file, where lines are to be found by grep
-                    yield mark + text
-                else:
-                    grid = Table.grid()
-                    grid.add_column(width=len(mark), no_wrap=True)
-                    grid.add_column(ratio=1, overflow="fold")
-                    grid.add_row(mark, text)
-                    yield grid
-                mark = Text(" " * len(mark))
+            yield check
+            if check.advice:
+                yield Text(f"{' ' * _MARGIN}-> {check.advice}", no_wrap=True)
