@@ -6,6 +6,8 @@ Runs of one kind share a launch, which takes most of the time; each process runs
 
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from command_line import facts
+from command_line import run as run_command
 from filelock import FileLock
 from peft import get_peft_model
 from safetensors.torch import load_file
@@ -29,6 +33,7 @@ PHASES = [["layers.0", 2], ["layers.1", 2]]
 # Without Adam, which would make noise of the smallest gradients' rounding, where micro-batches are added in another order.
 SPLIT = {"config": {"resample": "step"}, "stock": True}
 SGD = {"optim": "sgd", "learning_rate": 2.0}
+TERMS = {"low_rank": 2, "delta_rank": 2}
 AST = {"relaxation": "ast", "mask_interval": 1}
 
 
@@ -37,15 +42,19 @@ def launch(runs: dict[str, dict], processes: int, folder: Path) -> Path:
     plan = folder / "plan.json"
     folder.mkdir(parents=True)
     plan.write_text(json.dumps([{"folder": str(folder / name), **run} for name, run in runs.items()]))
-    script = Path(__file__).with_name("training_process.py")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(
-        [*torchrun, script, plan], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
+    done = torchrun(processes, str(Path(__file__).with_name("training_process.py")), str(plan))
     errors = [line for line in done.stderr.splitlines() if line.startswith("[rank0]")]  # torchrun's own say nothing
     assert done.returncode == 0, "\n".join(errors[-30:]) or done.stderr[-4000:]
     return folder
+
+
+def torchrun(processes: int, *command: str) -> subprocess.CompletedProcess:
+    """Run a script, or `-m` a module, in so many processes of the CPU."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu"}
+    return subprocess.run(
+        [*start, *command], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
 
 
 def once(tmp_path_factory, worker_id: str, name: str, make) -> Path:
@@ -71,6 +80,7 @@ def single(tmp_path_factory, worker):
         "split": {"arguments": {"per_device_train_batch_size": 4, **SGD}, **SPLIT},
         "phases": {"arguments": {"gradient_accumulation_steps": 2}, "phases": PHASES},
         "distilled": {"arguments": {"gradient_accumulation_steps": 2}, "distilled": True},
+        "terms": {"arguments": {"gradient_accumulation_steps": 2}, "config": TERMS},
         "ast": {"arguments": {"gradient_accumulation_steps": 2, **SGD}, "config": AST},
     }
 
@@ -93,6 +103,7 @@ def two(tmp_path_factory, worker, single):
             f"{engine}-split": {"engine": engine, "arguments": sgd, **SPLIT},
             f"{engine}-phases": {"engine": engine, "phases": PHASES},
             f"{engine}-distilled": {"engine": engine, "distilled": True},
+            f"{engine}-terms": {"engine": engine, "config": TERMS},
         }
 
     def make(folder: Path) -> None:
@@ -118,7 +129,7 @@ def assert_same_training(first: Path, second: Path) -> None:
 
 
 def assert_same_tensors(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys() and len(found) == 14
+    assert found.keys() == expected.keys() and len(found) >= 14
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-5)
 
@@ -129,7 +140,7 @@ def mask_bytes(folder: Path) -> bytes:
 
 # --- training -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("kind", ["plain", "split", "phases", "distilled"])
+@pytest.mark.parametrize("kind", ["plain", "split", "phases", "distilled", "terms"])
 def test_two_processes_train_and_publish_what_one_does(single, two, engine, kind):
     assert_same_training(single / kind, two / f"{engine}-{kind}")
 
@@ -234,3 +245,99 @@ def test_processes_that_share_samples_share_draws():
         for index in range(4)
     ]
     assert shares == [(0, 2), (0, 2), (1, 2), (1, 2)]
+
+
+# --- DeepSpeed ------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="session")
+def zero(tmp_path_factory, worker):
+    """Two processes under ZeRO-2, where DeepSpeed is installed; the last run goes on from the first."""
+    pytest.importorskip("deepspeed")
+    runs = {
+        "plain": {"engine": "zero2", "arguments": SAVES},
+        "split": {"engine": "zero2", "arguments": SGD, **SPLIT},
+        "distilled": {"engine": "zero2", "distilled": True},
+        "refused-phases": {"engine": "zero2", "phases": PHASES},
+        "refused-ast": {"engine": "zero2", "config": AST},
+        "refused-optimizer": {"engine": "zero2", "trainer": {"mask_optimizer_states": "8bit"}},
+        "refused-partitioned": {"engine": "zero3"},
+        "refused-zero3": {"engine": "zero3", "model_first": True},
+    }
+
+    def make(folder: Path) -> None:
+        runs["resumed"] = {"engine": "zero2", "resume": str(folder / "plain" / "checkpoint-2")}
+        launch(runs, 2, folder)
+
+    return once(tmp_path_factory, worker, "zero", make)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["plain", "split", "distilled"])
+def test_zero2_trains_and_publishes_what_one_process_does(single, zero, kind):
+    assert_same_training(single / kind, zero / kind)
+
+
+@pytest.mark.slow
+def test_zero2_goes_on_from_its_checkpoint(single, zero):
+    assert_same_training(single / "plain", zero / "resumed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("run", "reason"),
+    [
+        ("refused-phases", "MaskPhaseCallback under DeepSpeed ZeRO-2"),
+        ("refused-ast", "relaxation 'ast' trains a weight"),
+        ("refused-optimizer", "MaskAdamW under DeepSpeed ZeRO-2"),
+        ("refused-partitioned", "DeepSpeed ZeRO-3 has partitioned model.layers.0.self_attn.q_proj.weight"),
+        ("refused-zero3", "cannot be trained under DeepSpeed ZeRO-3"),
+    ],
+)
+def test_what_deepspeed_would_do_wrong_is_refused(zero, run, reason):
+    for rank in (0, 1):
+        assert reason in torch.load(zero / run / SEEN.format(rank), weights_only=True)["error"]
+
+
+# --- the command line -----------------------------------------------------------------------------------------------
+def test_of_several_processes_the_first_answers_and_each_tells_its_errors(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        monkeypatch.setenv("RANK", rank)
+        result = run_command(f"inspect {tmp_path / 'absent'} --json", code=2)
+        assert bool(result.stdout) == (rank == "0")
+        assert "absent" in result.stderr
+
+
+def test_one_process_cannot_keep_the_teacher_of_several(monkeypatch, base_folder, tmp_path):
+    monkeypatch.setattr(sys.modules["hf_nmsparse.cli.train"], "process_count", lambda: 2)
+    line = (
+        f"train {base_folder} --data x.txt --output {tmp_path / 'out'} --distill --distill-top-k 4 --teacher-cache c"
+    )
+    assert "--teacher-cache is for one process" in run_command(f"{line} --use_cpu true", code=2).stderr
+
+
+@pytest.mark.slow
+def test_nmsparse_train_in_two_processes_writes_once_what_one_process_writes(tmp_path):
+    model = Path(__file__).with_name("tiny_llama")
+    text = Path(nms.__file__).with_name("cli") / "demo_data" / "test.txt"
+    train = [
+        *("train", model, "--data", text, "--eval-data", text, "--eval-tokens", 1024, "--sequence-length", 64),
+        *("--prior", "wanda", "--max_steps", 4, "--save_steps", 2, "--learning_rate", 0.05, "--report_to", "none"),
+        *("--per_device_train_batch_size", 2, "--use_cpu", "true", "--json", "--output"),
+    ]
+    train = [str(part) for part in train]
+
+    def in_two(folder: Path, *options: str) -> dict:
+        done = torchrun(2, "-m", "hf_nmsparse.cli", *train, str(folder), *options)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return json.loads(done.stdout)
+
+    one = facts(shlex.join([*train[:-2], "--output", str(tmp_path / "one"), "--gradient_accumulation_steps", "2"]))
+    two = in_two(tmp_path / "two")
+    assert two["perplexity"] == pytest.approx(one["perplexity"]) and two["steps"] == 4
+    published = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("one", "two")]
+    assert published[0] == published[1]
+    (tmp_path / "two" / "adapter_model.safetensors").unlink()
+    shutil.rmtree(tmp_path / "two" / "checkpoints" / "checkpoint-4")
+    in_two(tmp_path / "two", "--resume")
+    assert (tmp_path / "two" / "adapter_model.safetensors").read_bytes() == published[0]

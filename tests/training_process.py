@@ -48,6 +48,7 @@ class Run:
         phases (`list`, *optional*): for `MaskPhaseCallback`.
         distilled (`bool`): the dense base teaches.
         resume (`str`, *optional*): checkpoint.
+        model_first (`bool`): made before the arguments, so that no engine has changed how models are made.
         stock (`bool`): the Trainer of transformers with `MaskScheduleCallback`.
     """
 
@@ -59,6 +60,7 @@ class Run:
     phases: list[tuple[str, int]] | None = None
     distilled: bool = False
     resume: str | None = None
+    model_first: bool = False
     stock: bool = False
 
 
@@ -135,9 +137,10 @@ def train(run: Run) -> None:
 
 def _train(run: Run, folder: Path) -> dict[str, Any]:
     engine = use_engine(run.engine)
+    model = tiny_llama() if run.model_first else None
     arguments = TrainingArguments(output_dir=str(folder), **{**ARGUMENTS, **run.arguments, **engine})
     tokens = torch.randint(0, 64, (32, 16), generator=torch.Generator().manual_seed(11))
-    model = get_peft_model(tiny_llama(), nms.NMSparseConfig(**run.config))
+    model = get_peft_model(model or tiny_llama(), nms.NMSparseConfig(**run.config))
     watch = Watch()
     schedule = nms.MaskScheduleCallback() if run.phases is None else nms.MaskPhaseCallback(run.phases)
     own = {} if run.stock else {"distillation": nms.Distillation() if run.distilled else None, **run.trainer}

@@ -57,7 +57,7 @@ def refuse_sharded(module: nn.Module, name: str, what: str) -> None:
         if is_partitioned(parameter):
             raise UnsupportedError(
                 f"{what} needs whole weights, but DeepSpeed ZeRO-3 has partitioned {name}.{part} ({list(parameter.ds_shape)}). "
-                "Masks train under DDP, FSDP2 and ZeRO-2; to load the model whole, make TrainingArguments after the model"
+                "Masks train under DDP, FSDP2 and ZeRO-2"
             )
         if is_sharded(parameter):
             raise UnsupportedError(

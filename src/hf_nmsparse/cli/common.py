@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import BaseModelMismatchError, FormatError, NMSparseError
+from .processes import is_first_process
 
 if TYPE_CHECKING:
     from ..results import RunResults
@@ -51,7 +52,8 @@ class Answer:
 
 @contextlib.contextmanager
 def verb(json_output: bool) -> Iterator[Answer]:
-    """The frame of every verb: gives the `Answer` to fill, prints it, and turns errors into a line and an exit code.
+    """The frame of every verb: gives the `Answer` to fill, prints it, and turns errors into a line and an exit code. Of
+    several processes each tells its errors, and the first answers.
 
     Inside, stdout goes to stderr, because the Trainer and others print there; only the answer gets to stdout.
 
@@ -66,11 +68,13 @@ def verb(json_output: bool) -> Iterator[Answer]:
             answer = Answer({"ok": False, "error": one_line(error), "kind": type(error).__name__}, code=_code(error))
             if os.environ.get(DEBUG_VARIABLE, "0") != "0":
                 traceback.print_exc()
-            tell(f"error: {answer.facts['error']}", style="bold red")
+            _tell(f"error: {answer.facts['error']}", "bold red")
         except KeyboardInterrupt:
             answer = Answer({"ok": False, "error": "stopped", "kind": "KeyboardInterrupt"}, code=STOPPED)
             tell("stopped", style="bold red")
-    if json_output:
+    if not is_first_process():
+        pass
+    elif json_output:
         typer.echo(json.dumps(_finite({"ok": answer.code == OK} | answer.facts)))
     else:
         console = Console(highlight=False)
@@ -82,8 +86,13 @@ def verb(json_output: bool) -> Iterator[Answer]:
 
 
 def tell(line: str, style: str | None = None) -> None:
-    """Print a line on stderr."""
-    Console(stderr=True, highlight=False).print(Text(line, style=style or ""), soft_wrap=True)
+    """Print a line on stderr, of several processes in the first."""
+    if is_first_process():
+        _tell(line, style or "")
+
+
+def _tell(line: str, style: str) -> None:
+    Console(stderr=True, highlight=False).print(Text(line, style=style), soft_wrap=True)
 
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> Table:

@@ -19,7 +19,9 @@ COMMAND_FILE = "command.txt"  # beside the checkpoints: what goes on from the ne
 NPZ_FILE = "mask_compressed.npz"  # as hub/npz_masks.py writes it
 # What a training run needs to go on.
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-TRAINER_FILES = ("optimizer.pt", "scheduler.pt", "trainer_state.json")
+_OPTIMIZER = "optimizer.pt"
+_OTHER_OPTIMIZERS = ("optimizer.bin", "latest")  # of FSDP2, and DeepSpeed's pointer to its own
+TRAINER_FILES = (_OPTIMIZER, "scheduler.pt", "trainer_state.json")
 MASK_FOLDER = "mask"  # the mask of a pruned model, inside its folder
 
 # Files that say what a folder holds. Left over from an artefact that was replaced, they would make it another one.
@@ -92,6 +94,8 @@ def checkpoint_damage(checkpoint: Path, needed: Iterable[str] = (*ADAPTER_FILES,
         checkpoint (`Path`): its folder.
         needed (`Iterable[str]`): files that must be there; by default all that a run needs to go on.
     """
+    if any((checkpoint / name).is_file() for name in _OTHER_OPTIMIZERS):
+        needed = [name for name in needed if name != _OPTIMIZER]
     damage = []
     there = sorted(path.name for path in checkpoint.glob("*") if path.suffix in (".pt", ".pth", ".safetensors"))
     for name in dict.fromkeys([*needed, *there]):

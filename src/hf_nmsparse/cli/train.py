@@ -48,6 +48,7 @@ from .options import (
     listed,
 )
 from .plan import show_plan
+from .processes import is_first_process, process_count, wait_for_all
 from .recipe import RecipeOption, remaining_options
 from .training_run import TrainingRun, result_kind
 
@@ -235,7 +236,8 @@ def train(
 
     Every field of transformers' TrainingArguments is an option too, written after MODEL: --max_steps 300
     --learning_rate 1e-3 --per_device_train_batch_size 2 --bf16 true ... Defaults that differ: learning_rate 1e-3,
-    logging_steps 10, save_steps 100, save_total_limit 2. Ctrl-C stops after the current step with a checkpoint.
+    logging_steps 10, save_steps 100, save_total_limit 2. Ctrl-C stops after the current step with a checkpoint; under
+    torchrun or accelerate launch (-m hf_nmsparse.cli train ...) at once.
 
     --relaxation ast, pdp, bdwp and transposable train the weights under the mask (they want a learning rate of 1e-5 to 1e-4).
     DIR then gets the model: packed where the pattern allows, else dense with zeros.
@@ -285,6 +287,8 @@ def train(
         taught = distillation(distill, distill_weight, distill_temperature, distill_top_k, distill_hidden)
         if teacher_cache is not None and distill_top_k is None:
             raise ConfigError("--teacher-cache keeps the likeliest tokens; it needs --distill --distill-top-k K")
+        if teacher_cache is not None and process_count() > 1:
+            raise ConfigError("--teacher-cache is for one process; of several each would see another part of the text")
         run = TrainingRun(
             name=model,
             data=data,
@@ -315,9 +319,11 @@ def train(
             return
         run.check_general_mask(config)
         masked = run.masked_model(config, dtype, resuming=checkpoint is not None)
-        if checkpoint is None:
+        wait_for_all()  # until each has looked into the folder
+        if checkpoint is None and is_first_process():
             remove_checkpoints(output)  # there are some only with --overwrite
-        write_file(output / CHECKPOINTS / COMMAND_FILE, _resume_command() + "\n")  # for `nmsparse doctor`
+        if is_first_process():
+            write_file(output / CHECKPOINTS / COMMAND_FILE, _resume_command() + "\n")  # for `nmsparse doctor`
         trainer = run.trainer(masked, arguments)
         if not _train(trainer, checkpoint):
             step, again = trainer.state.global_step, _resume_command()
@@ -470,13 +476,20 @@ def _resume_command() -> str:
 
 # --- the run --------------------------------------------------------------------------------------------------------
 def _train(trainer: NMSparseTrainer, checkpoint: Path | None) -> bool:
-    """Train to the end; `False` if Ctrl-C stopped it, after a checkpoint was saved."""
+    """Train to the end; `False` if Ctrl-C stopped it, after a checkpoint was saved.
+
+    Several processes stop at once: Ctrl-C reaches each at another step, and they could not agree on one.
+    """
     from ..ops.machine import keep_freed_memory
     from .interrupt import StopAtStep
 
     if trainer.args.device.type == "cpu":
         keep_freed_memory()
+    start = str(checkpoint) if checkpoint else None
+    if process_count() > 1:
+        trainer.train(resume_from_checkpoint=start)
+        return True
     with StopAtStep() as stop:
         trainer.add_callback(stop)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.train(resume_from_checkpoint=start)
     return not stop.wanted

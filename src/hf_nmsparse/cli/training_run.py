@@ -13,6 +13,7 @@ from .common import Answer, new_results, table, tell
 from .folders import Kind, output_folder, written_line
 from .models import fetching, load_model, load_tokenizer, revision_of, stream, window_length
 from .options import Dtype
+from .processes import is_first_process
 from .pruning_run import described
 from .writing import note_mask, write_model
 
@@ -215,10 +216,10 @@ class TrainingRun:
         from ..evaluation import perplexity
 
         if self.eval_windows is not None:
-            self.perplexity[row] = perplexity(model, self.eval_windows, progress=True).value
+            self.perplexity[row] = perplexity(model, self.eval_windows, progress=is_first_process()).value
 
     def publish(self, answer: Answer, trainer: NMSparseTrainer, output: Path) -> None:
-        """Measure the learned mask and write it, with card and results, into `output`."""
+        """Measure the learned mask and write it, with card and results, into `output`; of several processes the first."""
         from ..results import RunResults
 
         self.measure("learned", trainer.model)
@@ -227,6 +228,12 @@ class TrainingRun:
         results = self._results(trainer)
         if self.teacher is not None:
             self.teacher.save(self.teacher_file)
+        if not is_first_process():
+            if not trainer.model.peft_config["default"].trains_weight:
+                self._save(
+                    trainer.model, output, results
+                )  # writes nothing; where logits are sharded it takes all to gather them
+            return
         if trainer.model.peft_config["default"].trains_weight:
             self._publish_model(answer, trainer, results, output)
             return
@@ -259,11 +266,11 @@ class TrainingRun:
 
     def _measure_without_branch(self, model: PeftModel) -> None:
         """Perplexity of what is left where nothing can be kept beside the masked weights."""
-        from ..adapter import mask_layers
+        from ..adapter import is_sharded, mask_layers
 
-        if self.eval_windows is None:
-            return
         layers = mask_layers(model).values()
+        if self.eval_windows is None or any(is_sharded(p) for layer in layers for p in layer.parameters()):
+            return
         for layer in layers:
             layer.merge(with_side_branch=False)
         self.measure("learned, without the term beside the mask", model)
