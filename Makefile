@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # One process a core, one thread a process: small models gain nothing from more.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
-.PHONY: setup demo test test-slow lint bench gpu-check clean
+.PHONY: setup demo test test-slow test-oldest lint bench gpu-check clean
 
 setup: $(STAMP)
 
@@ -25,6 +25,17 @@ test: setup
 
 test-slow: setup
 	$(PYTEST) -m "not gpu"
+
+# The same tests with the oldest versions that pyproject.toml allows, in an environment of their own. torch is not the oldest: other
+# versions pull gigabytes. `make gpu-check` runs with whatever torch and triton a machine with a GPU has.
+test-oldest: .venv-oldest/.installed
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n auto -m "not slow and not gpu"
+
+.venv-oldest/.installed: pyproject.toml constraints-oldest.txt
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[demo,report,datasets,test]'
+	touch $@
 
 lint: setup
 	$(BIN)/ruff check .
@@ -49,4 +60,4 @@ gpu-check:
 	PYTHONPATH=src:$$PYTHONPATH $(PYTHON) benchmarks/generate.py --device cuda --random-llama 8b --memory low --values dense int4 --rounds 3 --agreement-tokens 0 --output $(RESULTS)/generate-cuda.json
 
 clean:
-	rm -rf $(VENV) demo build dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-oldest demo build dist .pytest_cache .ruff_cache
