@@ -21,6 +21,8 @@ EXPECTED = {
     "bert": (12, 0),
     "vit": (12, 0),
     "t5": (2 * 7 + 2 * 11, 0),
+    "whisper": (2 * 6 + 2 * 10, 0),
+    "gemma3_vision": (14, 0),  # of the text; the vision tower stays dense
     "mixtral": (8, 4),
     "qwen3_moe": (8, 4),
 }

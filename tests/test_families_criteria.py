@@ -37,6 +37,8 @@ STACKS = {
     "bert": ["bert.encoder.layer"],
     "vit": ["vit.layers"],
     "t5": ["encoder.block", "decoder.block"],
+    "gemma3_vision": ["model.language_model.layers"],
+    "whisper": ["model.encoder.layers", "model.decoder.layers"],
 }
 EXPERTS = ["mixtral", "qwen3_moe"]
 QUIET = WalkOptions(progress=False)

@@ -155,7 +155,26 @@ def _model_folder(source: str, revision: str | None = None) -> Path:
     kind = kind_of(folder)
     if kind in (Kind.MASK, Kind.CHECKPOINT, Kind.ADAPTER):
         raise ConfigError(f"{source} is no model ({kind.value}); name its base model here")
+    _refuse_other_tasks(source, folder)
     return folder
+
+
+def _refuse_other_tasks(source: str, folder: Path) -> None:
+    """`AutoModelForCausalLM` would refuse the model with pages of names, or leave out a part of it without a word."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+    config = read_json(folder / "config.json") or {}
+    stored = (config.get("architectures") or [None])[0]
+    headless = stored is None or "For" not in stored  # a body alone, of which the model type tells
+    fits = config.get("model_type") in CAUSAL if headless else stored in CAUSAL.values()
+    known = fits and not config.get("is_encoder_decoder")
+    if not config.get("model_type") or "auto_map" in config or known:
+        return
+    raise ConfigError(
+        f"{source} is a {stored or config['model_type']}, and the commands work on causal language models only. In Python all "
+        "models go the whole line: load it with its own class, then nms.prune or get_peft_model, nms.save_mask, nms.compress "
+        '(docs/METHODS.md, "Which layers")'
+    )
 
 
 def _commit(source: str, folder: Path) -> str | None:

@@ -152,7 +152,8 @@ def find_stacks(model: nn.Module, holding: Collection[nn.Module] | None = None) 
     Args:
         model (`nn.Module`): the model.
         holding (`Collection[nn.Module]`, *optional*): modules; all lists that hold any of them are returned. By default
-            the list that holds most weights, for an encoder-decoder model the two that do.
+            the list that holds most weights, for an encoder-decoder model the two that do; of a model of text and images
+            or sound a list of its language model.
 
     Raises:
         UnsupportedError: if there is none.
@@ -171,9 +172,17 @@ def find_stacks(model: nn.Module, holding: Collection[nn.Module] | None = None) 
             f"{type(model).__name__}: looked for its blocks, an nn.ModuleList that holds the linear layers, and found none"
         )
     if holding is None:
+        text = _text_part(model)
+        found = [entry for entry in found if entry[2] in text] or found
         largest = sorted(found, key=lambda entry: -entry[0])[: 2 if is_encoder_decoder(model) else 1]
         found = [entry for entry in found if entry in largest]
     return [(name, blocks) for _, name, blocks in found]
+
+
+def _text_part(model: nn.Module) -> set[nn.Module]:
+    """Modules of the language model, where the config says that it is one part among others."""
+    several = getattr(getattr(model, "config", None), "text_config", None) is not None
+    return set((model.get_decoder() if several else model).modules())
 
 
 def expert_view(module: nn.Module, expert: int, parameter: torch.Tensor) -> torch.Tensor:
