@@ -78,6 +78,9 @@ SURFACES: tuple[Surface, ...] = (
     Surface("transformers", "quantizers.base.HfQuantizer._process_model_after_weight_loading", "packed layers", _QUANTIZER,
             "model"),
     Surface("transformers", "quantizers.base.HfQuantizer._dequantize", "model.dequantize()", _QUANTIZER, "model dtype"),
+    Surface("transformers.distributed.tensor_parallel", "ColwiseParallel.should_use_local_tensors",
+            "packed layers under tensor parallelism", "a sharding strategy of our linear operator",
+            mentions="_hf_quantized_needs_local_tp"),
     Surface("transformers.conversion_mapping", "get_model_conversion_mapping", _NAMES, _LOADING, "model add_legacy"),
     Surface("transformers.core_model_loading", "rename_source_key", _NAMES, _LOADING,
             "source_key weight_renamings weight_converters base_model_prefix meta_state_dict"),
@@ -324,3 +327,10 @@ def keep_from_initialising(parameter: nn.Parameter) -> None:
 def hook_of(module: nn.Module):
     """The accelerate hook on a module, `None` if there is none."""
     return getattr(module, "_hf_hook", None)
+
+
+# --- transformers 5.23: operators that know no DTensors ----------------------------------------------------------------
+# Can go when our linear operator has a sharding strategy of its own.
+def compute_on_shards(module: nn.Module) -> None:
+    """Have tensor parallelism call a module with local tensors, with gradients as without."""
+    module._hf_quantized_needs_local_tp = True

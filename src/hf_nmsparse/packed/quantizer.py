@@ -37,6 +37,7 @@ from .layers import (
 )
 from .modules import SparseLinear24
 from .stored_mask import MaskOnLoad, MaskReader, check_fits, read_stored_mask, set_mask_reader
+from .tensor_parallel import prepare_tensor_parallel
 from .weights import PACKED_LEAVES, SCALE_LEAVES
 
 logger = logging.getLogger(__name__)
@@ -121,6 +122,7 @@ class PackedQuantizer(HfQuantizer):
         if not self.pre_quantized:
             config.modules_to_not_convert = sorted(linear_layers(model).keys() - packed.keys())
         if not config.dequantize:
+            prepare_tensor_parallel(model, packed)
             replace_modules(model, packed)
 
     def _stored_layers(self, model: PreTrainedModel, files: list[str] | None) -> dict[str, SparseLinear24]:
