@@ -241,7 +241,7 @@ def _read_jsonl(path: Path) -> list[str]:
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # numbers of too many digits, and nested without end, too
             raise ConfigError(f"{path}, line {number}: not JSON ({error}); expected one object a line") from error
         if not isinstance(record, dict) or not isinstance(record.get("text"), str):
             raise ConfigError(f"{path}, line {number}: no string field 'text'; rename the field that holds the text")

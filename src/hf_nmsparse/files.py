@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing so that nothing is ever half done: beside the target first, then renamed into place. And reading JSON."""
+"""Writing so that nothing is ever half done: beside the target first, then renamed into place. And reading what may be hostile."""
 
 from __future__ import annotations
 
@@ -12,10 +12,15 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from .errors import FormatError
 
 RESULTS_FILE = "results.json"  # what is known of a mask or model, beside it
+MAX_JSON_BYTES = 16 << 20
+_MAX_HEADER_BYTES = 16 << 20  # of a safetensors file: a hundred thousand tensors
 
 
 def write_file(path: str | os.PathLike, data: bytes | str) -> Path:
@@ -36,17 +41,71 @@ def write_file(path: str | os.PathLike, data: bytes | str) -> Path:
     return path
 
 
-def read_json(path: Path) -> dict | None:
-    """A JSON object, or `None` where there is no such file."""
+def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any] | None:
+    """A JSON object, or `None` where there is no such file.
+
+    Raises:
+        FormatError: see `load_json`, and if it is no object.
+    """
     if not path.is_file():
         return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
-        raise FormatError(f"{path} is not JSON ({error}); fetch or write it again") from error
+    content = load_json(path, max_bytes)
     if not isinstance(content, dict):
         raise FormatError(f"{path} holds a JSON {type(content).__name__}, expected an object; fetch or write it again")
     return content
+
+
+def load_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        FormatError: if the file is larger than `max_bytes`, no JSON, nested without end, or has a key twice.
+    """
+    with path.open("rb") as stream:
+        data = stream.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise FormatError(f"{path} is over the limit of {max_bytes} bytes; it is none of the files that are read here")
+    return _parse(data, str(path))
+
+
+def _parse(data: bytes, what: str) -> Any:
+    try:
+        return json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:  # not UTF-8, a number of too many digits, or a key twice, too
+        raise FormatError(f"{what} is not JSON ({error}); fetch or write it again") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"duplicate key {next(name for name in names if names.count(name) > 1)!r:.80}")
+    return found
+
+
+@contextlib.contextmanager
+def open_tensors(path: str | os.PathLike) -> Iterator[Any]:
+    """A safetensors file, open to read tensors of torch; a name that is there twice, which safetensors takes, is refused.
+
+    Raises:
+        FormatError: naming the file, also while its tensors are read.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            _check_header(Path(path))
+            yield file
+    except SafetensorError as error:
+        raise FormatError(
+            f"{path} is no sound safetensors file, damaged or cut short ({error}); fetch it again"
+        ) from error
+
+
+def _check_header(path: Path) -> None:
+    with path.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        if size > _MAX_HEADER_BYTES:
+            raise FormatError(f"{path} has a header of {size} bytes, over the limit of {_MAX_HEADER_BYTES}")
+        _parse(stream.read(size), f"the header of {path}")
 
 
 @contextlib.contextmanager

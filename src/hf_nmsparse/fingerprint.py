@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 import torch
 
@@ -51,6 +52,11 @@ def digest(tensor: torch.Tensor) -> torch.Tensor:
     hasher.update(f"{str(data.dtype).removeprefix('torch.')}:{'x'.join(str(size) for size in data.shape)}".encode())
     hasher.update(data.reshape(-1).view(torch.uint8).numpy().data)
     return torch.frombuffer(bytearray(hasher.digest()), dtype=torch.uint8)
+
+
+def digest_of_all(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Digest of several tensors: that of their digests, in the order of their names; uint8 `[16]` on the CPU."""
+    return digest(torch.cat([digest(tensors[name]) for name in sorted(tensors)]))
 
 
 def to_hex(value: torch.Tensor) -> str:

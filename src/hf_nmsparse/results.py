@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .errors import FormatError, PatternError
-from .files import write_file
+from .files import load_json, write_file
 from .pattern import Pattern, parse_pattern
 
 SCHEMA_VERSION = 1
@@ -143,10 +143,7 @@ class RunResults:
         Raises:
             FormatError: if the file is not JSON, of a newer schema, or a field holds something else than it should.
         """
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
-            raise FormatError(f"{path} is not JSON ({error}); it is no results file") from error
+        content = load_json(Path(path))
         version = content.get("schema_version") if isinstance(content, dict) else None
         if version != SCHEMA_VERSION:
             raise FormatError(

@@ -8,7 +8,7 @@ from .layer import NMSparseLayer
 from .linear import NMSparseConv2d, NMSparseLinear, ParamWrapper
 from .model import NMSparseModel, mask_layers, refuse_to_merge_over_a_mask, set_mask_step
 from .sharding import is_sharded, is_writer, refuse_sharded, whole_tensors
-from .terms import TERM_CONTAINERS, side_branch, term_shapes
+from .terms import TERM_CONTAINERS, TERMS_DIGEST, check_terms, side_branch, term_shapes
 
 
 def register() -> None:
@@ -18,6 +18,7 @@ def register() -> None:
 
 
 __all__ = [
+    "TERMS_DIGEST",
     "TERM_CONTAINERS",
     "BaseWeight",
     "NMSparseConfig",
@@ -29,6 +30,7 @@ __all__ = [
     "base_weights",
     "is_sharded",
     "is_writer",
+    "check_terms",
     "linear_and_expert_weights",
     "mask_layers",
     "refuse_sharded",

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
-import math
+import hashlib
+import json
+import sys
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from peft.config import PeftConfig
 
@@ -15,6 +17,19 @@ from ..pattern import NMPattern
 from ..relaxations import get_relaxation, get_schedule
 
 FORMAT_VERSION = 1
+_MOST = 1 << 31  # no size of a layer comes near it
+# Fields that PEFT takes as they are, whatever a file holds: the type of their entries, and whether one may stand alone.
+_LISTS: dict[str, tuple[type, bool]] = {
+    "target_modules": (str, True),
+    "exclude_modules": (str, True),
+    "layers_pattern": (str, True),
+    "layers_to_transform": (int, True),
+    "target_parameters": (str, False),
+    "modules_to_save": (str, False),
+    "dense_layers": (str, False),
+}
+# Fields without which the tensors of a published mask mean something else, and no shape tells what.
+_MEANING = ("pattern", "slorb_block", "slorb_train_projection", "low_rank", "delta_rank")
 
 
 @dataclass
@@ -68,10 +83,12 @@ class NMSparseConfig(PeftConfig):
         exclude_modules, modules_to_save, layers_to_transform, layers_pattern, trainable_token_indices: as in PEFT.
         init_weights (`bool`): `False` gives random logits, for tests.
         format_version (`int`): version of the stored tensors; a newer one is refused.
+        checksum (`str`, *optional*): in the file of a published mask: of the fields that say what its tensors mean
+            (docs/FORMAT.md, section 3). Written by `save_pretrained`, compared when it is read.
 
     Raises:
         ConfigError: naming the field, its value and what is allowed.
-        FormatError: if the config was written by a newer hf_nmsparse.
+        FormatError: if the config was written by a newer hf_nmsparse, or is that of a published mask and damaged.
     """
 
     pattern: str = field(default="2:4", metadata={"help": "n:m, n kept of m"})
@@ -114,12 +131,19 @@ class NMSparseConfig(PeftConfig):
     )
     init_weights: bool = field(default=True, metadata={"help": "False: random logits, for tests"})
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "version of the stored tensors"})
+    checksum: str | None = field(default=None, metadata={"help": "in the file of a published mask: of its fields"})
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError as error:  # a task_type that there is not
+            raise ConfigError(str(error)) from error
         self.peft_type = register_peft_type("NMSPARSE")
         self._check_version()
         self.pattern = str(NMPattern(self.pattern))
+        for name in ("relaxation", "schedule"):
+            if not isinstance(getattr(self, name), str):
+                raise ConfigError(f"{name}={getattr(self, name)!r:.80} must be a name")
         relaxation = get_relaxation(self.relaxation)
         get_schedule(self.schedule)
         if self.temperature is None:
@@ -129,6 +153,7 @@ class NMSparseConfig(PeftConfig):
         self._check_values()
         self._check_terms()
         self._check_targets()
+        self._check_lists()
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
@@ -185,8 +210,8 @@ class NMSparseConfig(PeftConfig):
     def _check_terms(self) -> None:
         for name in ("slorb_block", "low_rank", "delta_rank", "mask_interval"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ConfigError(f"{name}={value!r} must be a positive integer, or None for none")
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 < value < _MOST):
+                raise ConfigError(f"{name}={value!r:.80} must be a positive integer below {_MOST}, or None for none")
         for name in ("srste_decay", "srste_ramp"):
             value = getattr(self, name)
             if not _is_number(value) or value < 0:
@@ -215,6 +240,20 @@ class NMSparseConfig(PeftConfig):
             raise ConfigError("layers_pattern needs layers_to_transform, the block indices to prune")
         if self.mask_format == "packed":
             self._check_published_targets()
+            self._check_checksum()
+
+    def _check_lists(self) -> None:
+        for name, (kind, alone) in _LISTS.items():
+            value = getattr(self, name)
+            if value is not None and not _all_are(kind, value) and not (alone and _all_are(kind, [value])):
+                words = "names" if kind is str else "integers"
+                raise ConfigError(f"{name}={value!r:.80} must be a list of {words}, or None")
+        tokens = self.trainable_token_indices
+        lists = list(tokens.values()) if isinstance(tokens, dict) else [tokens]
+        if tokens is not None and not all(_all_are(int, entries) for entries in lists):
+            raise ConfigError(
+                f"trainable_token_indices={tokens!r:.80} must be a list of integers, or one for each embedding"
+            )
 
     def _check_published_targets(self) -> None:
         """A published mask names its layers one by one. PEFT would run any regular expression that stands there instead."""
@@ -224,11 +263,35 @@ class NMSparseConfig(PeftConfig):
                 "hostile, fetch the mask again"
             )
         for name in ("exclude_modules", "layers_pattern", "layers_to_transform"):
-            if getattr(self, name):
+            if getattr(self, name) is not None:
                 raise FormatError(
                     f"{name}={getattr(self, name)!r}: a published mask lists the names of its layers and leaves none out; the "
                     "config is damaged or hostile, fetch the mask again"
                 )
+
+        for name in ("modules_to_save", "trainable_token_indices"):
+            if getattr(self, name):
+                raise FormatError(
+                    f"{name}={getattr(self, name)!r}: a published mask holds codes only, yet modules_to_save or "
+                    "trainable_token_indices is set; fetch the mask again"
+                )
+
+    def _check_checksum(self) -> None:
+        if self.checksum not in (None, found := self._checksum()):
+            raise FormatError(
+                f"checksum={self.checksum!r:.80} of the config of a published mask, but its fields {', '.join(_MEANING)} have "
+                f"{found!r}; the config is damaged, fetch the mask again"
+            )
+        self.checksum = None  # written anew
+
+    def _checksum(self) -> str:
+        fields = json.dumps([getattr(self, name) for name in _MEANING])
+        return hashlib.blake2b(fields.encode(), digest_size=8, person=b"nmsparse-conf").hexdigest()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as they are stored."""
+        content = super().to_dict()
+        return content | {"checksum": self._checksum()} if self.mask_format == "packed" else content
 
     @property
     def trains_weight(self) -> bool:
@@ -242,7 +305,14 @@ class NMSparseConfig(PeftConfig):
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    limit = sys.float_info.max  # whole numbers may be larger
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -limit <= value <= limit
+
+
+def _all_are(kind: type, entries: Any) -> bool:
+    if not isinstance(entries, (list, tuple, set)):
+        return False
+    return all(isinstance(entry, kind) and not isinstance(entry, bool) for entry in entries)
 
 
 def _pair(name: str, value: object) -> tuple[float, float]:

@@ -26,6 +26,7 @@ from .linear import NMSparseConv2d, NMSparseLinear, ParamWrapper
 from .mixed_batch import adapter_for_each_sample
 from .sharding import refuse_sharded
 from .targets import is_target, resolve_targets
+from .terms import TERM_CONTAINERS, TERMS_DIGEST, check_terms
 
 logger = logging.getLogger(__name__)
 
@@ -218,6 +219,7 @@ class NMSparseModel(BaseTuner):
                 "this is a published mask: it contains codes, not logits, and training cannot resume from it. Resume from "
                 "a training checkpoint, or start new logits from it with nms.set_prior(model, <the mask's folder or repo>)"
             )
+        state_dict = _checked_terms(state_dict)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         layers = {name: module for name, module in model.named_modules() if isinstance(module, NMSparseLayer)}
         expected = {key: name for name, layer in layers.items() for key in _keys_of(name, layer, adapter_name)}
@@ -279,6 +281,19 @@ def refuse_to_merge_over_a_mask(tuner: BaseTuner) -> None:
                 "mask, and load it again on the sparse model; or train with NMSparseConfig(delta_rank=...), whose merge "
                 "stays n:m"
             )
+
+
+def _checked_terms(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a mask file without the digests of terms, which are compared here, before PEFT casts what it loads."""
+    kept = {key: value for key, value in state_dict.items() if not key.endswith(f".{TERMS_DIGEST}")}
+    for key in state_dict.keys() - kept.keys():
+        layer = key.removesuffix(TERMS_DIGEST)
+        found = {part: kept.get(f"{layer}{part}.weight") for part in TERM_CONTAINERS}
+        terms = {part: value for part, value in found.items() if value is not None}
+        if not terms:
+            raise FormatError(f"{key} is there without the terms that it is the digest of; the file is incomplete")
+        check_terms(terms, state_dict[key], layer[:-1])
+    return kept
 
 
 def _keys_of(name: str, layer: NMSparseLayer, adapter_name: str) -> list[str]:

@@ -17,6 +17,8 @@ from collections.abc import Mapping
 
 import torch
 
+from ..errors import FormatError
+from ..fingerprint import digest_of_all
 from ..ops import NoiseKey, SideBranch, add_low_rank, pool_blocks
 from .config import NMSparseConfig
 
@@ -28,6 +30,7 @@ TERM_CONTAINERS = (
     "nmsparse_delta_a",
     "nmsparse_delta_b",
 )
+TERMS_DIGEST = "nmsparse_terms"  # in the file of a published mask: digest of a layer's terms
 # Ridge on P H P^T, relative to its mean diagonal: blocks of dead inputs would make it singular.
 DAMPING = 1e-4
 
@@ -50,6 +53,19 @@ def term_shapes(
         shapes["nmsparse_delta_a"] = (*experts, config.delta_rank, in_features)
         shapes["nmsparse_delta_b"] = (*experts, out_features // (num_experts or 1), config.delta_rank)
     return shapes
+
+
+def check_terms(terms: Mapping[str, torch.Tensor], stored: torch.Tensor, name: str) -> None:
+    """Compare the terms of a layer, as a file holds them, with their digest beside them.
+
+    Raises:
+        FormatError: naming the layer.
+    """
+    if not torch.equal(digest_of_all(terms), stored.cpu()):
+        shapes = ", ".join(f"{container} of shape {list(value.shape)}" for container, value in terms.items())
+        raise FormatError(
+            f"{name}: the terms beside its mask ({shapes}) do not match their digest; the file is damaged, fetch it again"
+        )
 
 
 def fresh_terms(

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from .. import ops
 from .._compat import note_source
 from ..errors import ConfigError, FormatError, UnsupportedError
-from ..files import read_json
+from ..files import open_tensors
+from .model_config import OF_TRANSFORMERS, read_model_config
 from .remote import local_folder
 
 BITMASK = "sparse-24-bitmask"
@@ -154,10 +154,7 @@ def read_bitmask(folder: Path) -> dict[str, torch.Tensor]:
     with ExitStack() as stack:
         where: dict[str, Any] = {}
         for path in sorted(folder.glob("*.safetensors")):
-            try:
-                file = stack.enter_context(safe_open(path, framework="pt"))
-            except SafetensorError as error:
-                raise FormatError(f"{path} is damaged or cut short ({error}); fetch it again") from error
+            file = stack.enter_context(open_tensors(path))
             for name in file.keys():  # noqa: SIM118  (a safe_open handle is no mapping)
                 if name in where:
                     raise FormatError(f"{path}: {name} is in another file of {folder} too; fetch the model again")
@@ -207,7 +204,7 @@ def load_bitmask(
         HubError: if the repo cannot be fetched.
     """
     folder = local_folder(source, revision, None, ("*.json", "*.safetensors"))
-    content = read_json(folder / "config.json")
+    content = read_model_config(folder)
     found = compressed_format(content)
     if found is None:
         raise ConfigError(f"{source} is no {BITMASK} checkpoint; load it with from_pretrained")
@@ -223,17 +220,18 @@ def load_bitmask(
         )
     config = plain_config(folder)
     model_class = model_class or _class_of(config, source)
+    weights = read_bitmask(folder)
     try:
         # Without a name, because with one Transformers takes no tensors; that of the folder is put back below.
         model, info = model_class.from_pretrained(
             None,
             config=config,
-            state_dict=read_bitmask(folder),
+            state_dict=weights,
             dtype=dtype,
             device_map={"": device},
             output_loading_info=True,
         )
-    except RuntimeError as error:  # sizes that do not fit the config
+    except OF_TRANSFORMERS as error:  # sizes that do not fit the config, or make no sense
         raise FormatError(f"{source}: {' '.join(str(error).split())}") from error
     for what in ("missing_keys", "unexpected_keys"):
         if info[what]:
@@ -253,9 +251,10 @@ def plain_config(folder: Path) -> PretrainedConfig:
     Raises:
         FormatError: if it is no config of a model that Transformers knows.
     """
+    read_model_config(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, TypeError, ValueError) as error:
+    except OF_TRANSFORMERS as error:
         raise FormatError(f"{folder / 'config.json'}: {' '.join(str(error).split())}") from error
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
@@ -263,8 +262,11 @@ def plain_config(folder: Path) -> PretrainedConfig:
 
 
 def _class_of(config: PretrainedConfig, source: str | os.PathLike) -> type[PreTrainedModel]:
-    for name in config.architectures or ():
+    architectures = config.architectures if isinstance(config.architectures, list) else []
+    for name in architectures:
         found = getattr(transformers, str(name), None)
         if isinstance(found, type) and issubclass(found, PreTrainedModel):
             return found
-    raise UnsupportedError(f"{source}: Transformers has no architecture {config.architectures}; pass model_class=")
+    raise UnsupportedError(
+        f"{source}: Transformers has no architecture {config.architectures!r:.80}; pass model_class="
+    )

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -27,6 +26,7 @@ from ..pattern import NMPattern
 from ..results import RunResults
 from .bitmask import BITMASK, compressed_format, load_bitmask, plain_config
 from .masks import save_mask
+from .model_config import OF_TRANSFORMERS
 from .npz_masks import read_npz
 from .remote import local_folder
 from .semi_structured import dense_of
@@ -214,7 +214,7 @@ def load_plain(model_class: type[PreTrainedModel], folder: Path, source: str) ->
         loaded, info = model_class.from_pretrained(
             folder, config=config, dtype="auto", use_safetensors=True, device_map="cpu", output_loading_info=True
         )
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except OF_TRANSFORMERS as error:
         raise FormatError(f"{source}: {' '.join(str(error).split())}") from error
     if info["missing_keys"]:
         raise FormatError(f"{source} lacks weights: {sorted(info['missing_keys'])[:3]}; it is incomplete")

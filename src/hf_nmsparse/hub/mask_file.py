@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -11,10 +10,10 @@ from pathlib import Path
 
 import torch
 from peft.utils import CONFIG_NAME
-from safetensors import SafetensorError, safe_open
 
-from ..adapter import NMSparseConfig, term_shapes
+from ..adapter import TERMS_DIGEST, NMSparseConfig, check_terms, term_shapes
 from ..errors import ConfigError, FormatError, HubError
+from ..files import load_json, open_tensors
 from ..fingerprint import FINGERPRINT_BYTES, digest
 from ..pattern import NMPattern
 from .delta import FIELD, MASK_FILES, GeneralMask, check_delta_fits, codes_of_delta
@@ -161,7 +160,8 @@ def _complete(stored: _StoredMask, general: PublishedMask | None = None) -> Publ
     if not isinstance(linear, set) or not (linear or parameters):
         raise FormatError(f"{source}: target_modules of the config is no list of layer names; fetch the mask again")
     codes = PARTS if general is None else DELTA_PARTS
-    parts = (*codes, *(f"{container}.weight" for container in term_shapes(config, 1, 1)))
+    terms = [f"{container}.weight" for container in term_shapes(config, 1, 1)]
+    parts = (*codes, *terms, TERMS_DIGEST) if terms else codes
     paths = stored_paths(linear, parameters)
     places = {f"{PREFIX}{place}.{part}": name for name, place in paths.items() for part in parts}
     if unexpected := sorted(set(stored.tensors) - set(places)):
@@ -179,14 +179,7 @@ def _complete(stored: _StoredMask, general: PublishedMask | None = None) -> Publ
 
 def _read_config(path: Path) -> tuple[NMSparseConfig, GeneralMask | None]:
     """The config of a mask; of a delta, as that of the full mask, and where the general mask lies."""
-    if path.stat().st_size > _MAX_CONFIG_BYTES:
-        raise FormatError(
-            f"{path} is {path.stat().st_size} bytes, over the limit of {_MAX_CONFIG_BYTES}; it is no mask config"
-        )
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise FormatError(f"{path} is not JSON ({error}); fetch the mask again") from error
+    content = load_json(path, _MAX_CONFIG_BYTES)
     if not isinstance(content, dict) or content.get("peft_type") != "NMSPARSE":
         raise FormatError(f"{path} is not the config of a mask (peft_type NMSPARSE)")
     known = {key: value for key, value in content.items() if key in NMSparseConfig.__dataclass_fields__}
@@ -198,10 +191,6 @@ def _read_config(path: Path) -> tuple[NMSparseConfig, GeneralMask | None]:
         config = NMSparseConfig(**{**known, "peft_type": None})
     except TypeError as error:  # a field of another JSON type than any config has
         raise FormatError(f"{path}: {error}; the config is damaged, fetch the mask again") from error
-    if config.modules_to_save or config.trainable_token_indices:
-        raise FormatError(
-            f"{path}: a published mask holds codes only, yet modules_to_save or trainable_token_indices is set"
-        )
     if config.mask_format != "packed":
         raise ConfigError(
             f"{path.parent} is a training checkpoint (logits), not a published mask; load it with PeftModel.from_pretrained, "
@@ -211,12 +200,8 @@ def _read_config(path: Path) -> tuple[NMSparseConfig, GeneralMask | None]:
 
 
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            keys = list(file.keys())
-            return {key: file.get_tensor(key) for key in keys}
-    except SafetensorError as error:
-        raise FormatError(f"{path} is damaged or cut short ({error}); fetch the mask again") from error
+    with open_tensors(path) as file:
+        return {key: file.get_tensor(key) for key in list(file.keys())}
 
 
 def stored_paths(linear: Iterable[str], parameters: Iterable[str]) -> dict[str, str]:
@@ -244,11 +229,16 @@ def _check_parts(
 ) -> dict[str, torch.Tensor]:
     """The tensors of a layer by the last part of their names, after a look at their dtypes and shapes."""
     digests = (2, FINGERPRINT_BYTES) if "nmsparse_changes" in parts else (FINGERPRINT_BYTES,)
-    shapes = {"nmsparse_digest": digests, "nmsparse_base": (FINGERPRINT_BYTES,)}
+    shapes = {
+        "nmsparse_digest": digests,
+        "nmsparse_base": (FINGERPRINT_BYTES,),
+        TERMS_DIGEST: (FINGERPRINT_BYTES,),
+    }
     dims = {"nmsparse_packed": (2, "[out, bytes]"), "nmsparse_changes": (1, "[bytes]")}
     found = {part: tensors.get(f"{PREFIX}{place}.{part}") for part in parts}
-    if "nmsparse_changes" in found and found["nmsparse_changes"] is None:
-        del found["nmsparse_changes"]  # nothing differs from the general mask
+    for part in ("nmsparse_changes", TERMS_DIGEST):  # nothing differs from the general mask; PEFT wrote the file
+        if part in found and found[part] is None:
+            del found[part]
     for part, tensor in found.items():
         if part in dims:
             fits, expected = tensor is not None and tensor.dim() == dims[part][0], f"uint8 {dims[part][1]}"
@@ -260,6 +250,8 @@ def _check_parts(
         if not fits or (part in (*dims, *shapes) and tensor.dtype != torch.uint8):
             got = "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
             raise FormatError(f"{path}: {place}.{part} must be {expected}, got {got}; the file is damaged")
+    if TERMS_DIGEST in found:
+        check_terms(_terms(found), found[TERMS_DIGEST], f"{path}: {place}")
     return found
 
 
@@ -289,7 +281,7 @@ def _terms(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {
         part.removesuffix(".weight"): tensor
         for part, tensor in found.items()
-        if part not in PARTS and part not in DELTA_PARTS
+        if part not in (*PARTS, *DELTA_PARTS, TERMS_DIGEST)
     }
 
 

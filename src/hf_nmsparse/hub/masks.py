@@ -20,6 +20,7 @@ from .. import ops
 from .._compat import loaded_from
 from ..adapter import (
     TERM_CONTAINERS,
+    TERMS_DIGEST,
     BaseWeight,
     NMSparseConfig,
     NMSparseLayer,
@@ -33,7 +34,7 @@ from ..adapter import (
 from ..criteria import PruneReport
 from ..errors import BaseModelMismatchError, ConfigError, FormatError
 from ..files import RESULTS_FILE, staged_folder
-from ..fingerprint import digest, rounding_hint, to_hex
+from ..fingerprint import digest, digest_of_all, rounding_hint, to_hex
 from ..pattern import NMPattern, parse_pattern
 from ..results import RunResults
 from .card import card_text, terms_of
@@ -196,9 +197,14 @@ def _stored_tensors(place: str, layer: NMSparseLayer, adapter_name: str) -> dict
     values = _codes(packed, layer.nmsparse_base[adapter_name].cpu())
     stored = layer.base_weight.stored
     dtype = stored.dtype if stored.is_floating_point() else torch.float32
-    for container in TERM_CONTAINERS:
-        if adapter_name in getattr(layer, container):
-            values[f"{container}.weight"] = getattr(layer, container)[adapter_name].weight.detach().to("cpu", dtype)
+    terms = {
+        container: getattr(layer, container)[adapter_name].weight.detach().to("cpu", dtype)
+        for container in TERM_CONTAINERS
+        if adapter_name in getattr(layer, container)
+    }
+    if terms:
+        values |= {f"{container}.weight": value for container, value in terms.items()}
+        values[TERMS_DIGEST] = digest_of_all(terms)
     return _named(place, values)
 
 

@@ -8,6 +8,7 @@ with what the base model needs.
 from __future__ import annotations
 
 import errno
+import os
 import re
 import struct
 import zipfile
@@ -68,6 +69,7 @@ def _members(
 ) -> dict[str, zipfile.ZipInfo]:
     """Members by name of the parameter. None is unpacked."""
     found: dict[str, zipfile.ZipInfo] = {}
+    _check_count(path, len(archive.infolist()))
     for member in archive.infolist():
         key = member.filename.removesuffix(".npy")
         name = key.removesuffix(_SUFFIX)
@@ -90,6 +92,15 @@ def _members(
     if not found:
         raise FormatError(f"{path} holds no mask")
     return found
+
+
+def _check_count(path: Path, listed: int) -> None:
+    """Compare the members found with how many the end of the archive says: one that hides in a comment would stay dense."""
+    with path.open("rb") as stream:
+        stream.seek(-22, os.SEEK_END)
+        end = stream.read()
+    if end[:4] != b"PK\5\6" or int.from_bytes(end[10:12], "little") != min(listed, 0xFFFF):
+        raise FormatError(f"{path}: its list of arrays is damaged, or text follows it; fetch it again")
 
 
 def _mask(path: Path, name: str, stream: zipfile.ZipExtFile, shape: tuple[int, ...]) -> torch.Tensor:

@@ -3,29 +3,27 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
 from .. import ops
 from ..adapter import linear_and_expert_weights, mask_layers
 from ..errors import ConfigError, FormatError
-from ..files import RESULTS_FILE
-from ..packed import SparseLinear24
+from ..files import RESULTS_FILE, open_tensors
+from ..packed import PackedConfig, SparseLinear24
 from ..packed.checkpoint import check_packed_files, check_slorb_block, check_values
 from ..pattern import NMPattern, Pattern, parse_pattern
 from ..results import RunResults
 from .mask_file import PublishedMask, read_mask
+from .model_config import OF_TRANSFORMERS, read_model_config
 from .remote import local_folder
 
 logger = logging.getLogger(__name__)
@@ -109,14 +107,20 @@ def verify(
     files = sorted(str(path) for path in folder.glob("*.safetensors"))
     if not files:
         raise FormatError(f"{folder} holds no safetensors file; only safetensors is read")
-    try:
-        content = json.loads(config.read_text(encoding="utf-8"))
-        quantization = content.get("quantization_config") or {}
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, AttributeError) as error:
-        raise FormatError(f"{config} is no model config ({error}); fetch it again") from error
+    content = read_model_config(folder)
+    quantization = content.get("quantization_config") or {}
+    if not isinstance(quantization, dict):
+        raise FormatError(f"{config}: quantization_config must be an object, got {quantization!r:.80}; fetch it again")
     layouts = _layouts(config, content)
     if quantization.get("quant_method") == "nmsparse":
-        return _verify_packed(files, quantization, layouts)
+        return _verify_packed(files, PackedConfig(**quantization), layouts)
+    for path in files:
+        with open_tensors(path) as file:
+            if stray := [name for name in file.keys() if name.endswith(".weight_idx")]:  # noqa: SIM118
+                raise FormatError(
+                    f"{path} holds packed tensors, first {stray[0]}, but the quantization_config of {config} is not that of a packed "
+                    "model; fetch it again"
+                )
     pattern = parse_pattern(pattern or _recorded_pattern(folder) or "2:4")
     return _counted(VerifyReport("masked model", str(pattern)), _weights(files, layouts), pattern)
 
@@ -143,10 +147,10 @@ def _verify_mask(mask: PublishedMask) -> VerifyReport:
     return report
 
 
-def _verify_packed(files: list[str], config: Mapping[str, Any], layouts: Mapping[str, bool]) -> VerifyReport:
+def _verify_packed(files: list[str], config: PackedConfig, layouts: Mapping[str, bool]) -> VerifyReport:
     packed = check_packed_files(files)
-    check_slorb_block(packed, config.get("slorb_block"))
-    check_values(packed, config.get("values", "dense"))
+    check_slorb_block(packed, config.slorb_block)
+    check_values(packed, config.values)
     # What is not packed may be masked all the same: fused experts, and layers whose width is no multiple of 8.
     others = ((name, weight) for name, weight in _weights(files, layouts) if name not in packed)
     report = _counted(VerifyReport("packed model", "2:4"), others, NMPattern(2, 4))
@@ -202,19 +206,16 @@ def _weights(files: list[str], layouts: Mapping[str, bool]) -> Iterator[tuple[st
         layouts (`Mapping[str, bool]`): see `_layouts`; fused experts that are not named there are left out.
     """
     for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118  (a safe_open handle is no mapping)
-                    dims, leaf = len(file.get_slice(key).get_shape()), f".{key}".rpartition(".")[2]
-                    name = key.removesuffix(".weight")
-                    if dims == 2 and leaf == "weight":
-                        weight = file.get_tensor(key)
-                        yield name, weight.t() if layouts.get(name.rpartition(".")[2]) else weight
-                    elif dims == 3 and leaf in layouts:
-                        weight = file.get_tensor(key)
-                        yield key, (weight.mT if layouts[leaf] else weight).flatten(0, 1)
-        except SafetensorError as error:
-            raise FormatError(f"{path} is damaged or cut short ({error}); fetch it again") from error
+        with open_tensors(path) as file:
+            for key in file.keys():  # noqa: SIM118  (a safe_open handle is no mapping)
+                dims, leaf = len(file.get_slice(key).get_shape()), f".{key}".rpartition(".")[2]
+                name = key.removesuffix(".weight")
+                if dims == 2 and leaf == "weight":
+                    weight = file.get_tensor(key)
+                    yield name, weight.t() if layouts.get(name.rpartition(".")[2]) else weight
+                elif dims == 3 and leaf in layouts:
+                    weight = file.get_tensor(key)
+                    yield key, (weight.mT if layouts[leaf] else weight).flatten(0, 1)
 
 
 def _layouts(path: Path, config: dict) -> dict[str, bool]:
@@ -225,14 +226,15 @@ def _layouts(path: Path, config: dict) -> dict[str, bool]:
     Raises:
         FormatError: if no model can be made from the config.
     """
-    for architecture in config.get("architectures") or ():
+    architectures = config.get("architectures")
+    for architecture in architectures if isinstance(architectures, list) else ():
         model_class = getattr(transformers, str(architecture), None)
         if not isinstance(model_class, type) or not issubclass(model_class, PreTrainedModel):
             continue
         try:
             with torch.device("meta"):
                 model = model_class(model_class.config_class.from_dict(config))
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        except OF_TRANSFORMERS as error:
             raise FormatError(f"{path}: no {architecture} can be made from it ({error}); fetch it again") from error
         weights = linear_and_expert_weights(model).items()
         return {

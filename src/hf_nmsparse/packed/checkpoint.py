@@ -9,17 +9,18 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from .. import ops
 from ..errors import FormatError
+from ..files import open_tensors
 from ..fingerprint import digest, to_hex
 from .branch import BRANCH_LEAVES, num_blocks
 from .config import check_format_version, version_of
-from .weights import SCALE_LEAVES, num_scales
+from .weights import PACKED_LEAVES, SCALE_LEAVES, num_scales
 
 VERSION_KEY = "nmsparse.format_version"
 DIGEST_KEY = "nmsparse.digest."
+SLORB_KEY = "nmsparse.slorb_block"
 _FLOATS = ("F16", "BF16", "F32", "F64")
 _QUANTISED = {"I8": "int8", "U8": "int4"}
 _READERS = 4  # hashing releases the GIL; more threads than this wait for the disk
@@ -50,6 +51,7 @@ class StoredLayer:
         values (`str`): how its kept weights are stored.
         slorb_width (`int`, *optional*): columns of its SLoRB tensor.
         low_rank (`int`, *optional*): rank of its low-rank term.
+        slorb_block (`str`, *optional*): inputs per block of SLoRB as the header of its file has it.
     """
 
     in_features: int
@@ -57,6 +59,7 @@ class StoredLayer:
     values: str = "dense"
     slorb_width: int | None = None
     low_rank: int | None = None
+    slorb_block: str | None = None
 
     @property
     def has_branch(self) -> bool:
@@ -113,7 +116,7 @@ def check_values(layers: Mapping[str, StoredLayer], values: str) -> None:
 
 
 def check_slorb_block(layers: Mapping[str, StoredLayer], slorb_block: int | None) -> None:
-    """Compare the widths of the SLoRB tensors with the block size of the config: no shape tells it.
+    """Compare the SLoRB tensors and their header with the block size of the config: no shape tells it.
 
     Raises:
         FormatError: naming the layer.
@@ -129,15 +132,17 @@ def check_slorb_block(layers: Mapping[str, StoredLayer], slorb_block: int | None
                 f"{name}.weight_slorb has {layer.slorb_width} columns; in_features={layer.in_features} in blocks of "
                 f"slorb_block={slorb_block} makes {expected}. config.json and the weights do not belong together"
             )
+        if layer.slorb_block not in (None, str(slorb_block)):
+            raise FormatError(
+                f"{name}.weight_slorb is for slorb_block={layer.slorb_block!r:.80} by the header of its file, quantization_config says "
+                f"{slorb_block}. config.json and the weights do not belong together"
+            )
 
 
 def _open(stack: ExitStack, path: str) -> _File:
     if not str(path).endswith(".safetensors"):
         raise FormatError(f"{path}: packed models are stored as safetensors; save it again with save_pretrained")
-    try:
-        handle = stack.enter_context(safe_open(path, framework="pt"))
-    except SafetensorError as error:
-        raise FormatError(f"{path} is no sound safetensors file ({error}); fetch it again") from error
+    handle = stack.enter_context(open_tensors(path))
     metadata = handle.metadata() or {}
     version = metadata.get(VERSION_KEY)
     if version is not None:
@@ -162,6 +167,7 @@ def _check_layer(layer: str, where: Mapping[str, _File], check_digests: bool) ->
             f"{values_name} is missing though {ids_name} is there; fetch all files of the checkpoint again"
         )
     kind, values_shape = _kind_of_values(layer, where)
+    _refuse_lost(layer, where)
     if (version := where[values_name].version) not in (None, version_of(kind)):
         raise FormatError(
             f"{values_name}: {kind} values in {where[values_name].path}, whose header says format version {version}; the file "
@@ -177,12 +183,23 @@ def _check_layer(layer: str, where: Mapping[str, _File], check_digests: bool) ->
     out_features, in_features = ids_shape[0], 8 * ids_shape[1]
     scales = _check_scales(layer, where, kind, out_features, in_features)
     width, rank, branch = _check_branch(layer, where, out_features, in_features)
-    stored = StoredLayer(in_features, ("weight", "weight_idx", *scales, *branch), kind, width, rank)
+    block = None if width is None else where[f"{layer}.weight_slorb"].metadata.get(SLORB_KEY)
+    stored = StoredLayer(in_features, ("weight", "weight_idx", *scales, *branch), kind, width, rank, block)
     if check_digests:
         for leaf in stored.leaves:
             _check_digest(f"{layer}.{leaf}", where[f"{layer}.{leaf}"])
     ops.check_ids_24(where[ids_name].handle.get_tensor(ids_name), ids_name)
     return stored
+
+
+def _refuse_lost(layer: str, where: Mapping[str, _File]) -> None:
+    """A branch or scale that the header knows and the files lack would be left out without an error."""
+    for leaf in PACKED_LEAVES:
+        name, file = f"{layer}.{leaf}", where[f"{layer}.weight"]
+        if name not in where and DIGEST_KEY + name in file.metadata:
+            raise FormatError(
+                f"{name} is missing though the header of {file.path} has its digest; fetch all files of the checkpoint again"
+            )
 
 
 def _kind_of_values(layer: str, where: Mapping[str, _File]) -> tuple[str, list[int]]:

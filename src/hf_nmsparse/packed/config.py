@@ -148,6 +148,6 @@ def check_format_version(version: object, where: str) -> None:
 def _names(names: list[str] | None) -> list[str] | None:
     if names is None:
         return None
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-        raise ConfigError(f"PackedConfig: modules_to_not_convert={names!r}; give a list of module names")
+    if not isinstance(names, (list, tuple, set)) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"PackedConfig: modules_to_not_convert={names!r:.80}; give a list of module names")
     return list(names)

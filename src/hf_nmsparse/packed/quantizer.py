@@ -21,7 +21,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name, shoul
 from .. import _compat
 from ..errors import ConfigError, UnsupportedError
 from .branch import common_slorb_block, rank_of, slorb_block_of
-from .checkpoint import StoredLayer, check_packed_files, check_slorb_block, check_values, header_of
+from .checkpoint import SLORB_KEY, StoredLayer, check_packed_files, check_slorb_block, check_values, header_of
 from .config import QUANT_METHOD, PackedConfig
 from .conversions import MaskAndPack, PruneAndPack, Unpack
 from .layers import (
@@ -285,6 +285,8 @@ class PackedQuantizer(HfQuantizer):
             # Under both names: save_original_format=False and offloaded models may keep those of the model.
             places = {name, on_disk[name]} - {None}
             header.update(header_of(dict.fromkeys(places, tensor), self.quantization_config.values))
+        if self.quantization_config.slorb_block is not None:
+            header[SLORB_KEY] = str(self.quantization_config.slorb_block)
         return None, header
 
 
