@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..adapter import (
+    TERMS_DIGEST,
     BaseWeight,
     NMSparseConfig,
     NMSparseLayer,
@@ -257,6 +258,8 @@ def _mask_file_bytes(
             "nmsparse_base": (FINGERPRINT_BYTES,),
         }
         terms = term_shapes(config, layer.out_features, layer.in_features, base.num_experts)
+        if terms:
+            codes[TERMS_DIGEST] = (FINGERPRINT_BYTES,)
         dtype = base.stored.dtype if base.stored.is_floating_point() else torch.float32
         tensors += [(torch.uint8, f"{PREFIX}{place}.{part}", shape) for part, shape in codes.items()]
         tensors += [(dtype, f"{PREFIX}{place}.{part}.weight", shape) for part, shape in terms.items()]
