@@ -167,7 +167,6 @@ def _check_layer(layer: str, where: Mapping[str, _File], check_digests: bool) ->
             f"{values_name} is missing though {ids_name} is there; fetch all files of the checkpoint again"
         )
     kind, values_shape = _kind_of_values(layer, where)
-    _refuse_lost(layer, where)
     if (version := where[values_name].version) not in (None, version_of(kind)):
         raise FormatError(
             f"{values_name}: {kind} values in {where[values_name].path}, whose header says format version {version}; the file "
@@ -185,6 +184,7 @@ def _check_layer(layer: str, where: Mapping[str, _File], check_digests: bool) ->
     width, rank, branch = _check_branch(layer, where, out_features, in_features)
     block = None if width is None else where[f"{layer}.weight_slorb"].metadata.get(SLORB_KEY)
     stored = StoredLayer(in_features, ("weight", "weight_idx", *scales, *branch), kind, width, rank, block)
+    _refuse_lost(layer, where)
     if check_digests:
         for leaf in stored.leaves:
             _check_digest(f"{layer}.{leaf}", where[f"{layer}.{leaf}"])
