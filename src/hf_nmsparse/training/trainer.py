@@ -143,6 +143,14 @@ class NMSparseTrainer(DistillingTrainer):
         with optimizer.step_in_backward():
             return super().training_step(model, *args, **kwargs)
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """The batches of the next step; none after the last. A run that is resumed from its last checkpoint, because it was killed
+        while its result was written, would make a step more than it has, as the Trainer looks at their number after each."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return [], None
+        return super().get_batch_samples(*args, **kwargs)
+
     def _chooses_optimizer(self) -> bool:
         """Whether the user has left AdamW to the Trainer, so that ours may be it."""
         given = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
