@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import ConfigError
-from .common import STOPPED, WRONG_USE, Answer, size, table, tell, verb
+from .common import STOPPED, WRONG_USE, Answer, is_out_of_memory, size, table, tell, verb
 from .folders import Kind, kind_of
 from .models import base_of, chosen_device, empty_model
 from .options import DeviceOption, Dtype, JsonOption, listed
@@ -125,12 +125,10 @@ def _check_memory(calls: Iterable[Call24]) -> None:
 @contextlib.contextmanager
 def _room_for(call: Call24) -> Iterator[None]:
     """Say in one line that memory ran out all the same."""
-    import torch
-
     try:
         yield
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
             raise _too_large(call) from error
         raise
 

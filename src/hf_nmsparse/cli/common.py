@@ -51,11 +51,15 @@ class Answer:
 
 
 @contextlib.contextmanager
-def verb(json_output: bool) -> Iterator[Answer]:
+def verb(json_output: bool, lower: str = "") -> Iterator[Answer]:
     """The frame of every verb: gives the `Answer` to fill, prints it, and turns errors into a line and an exit code. Of
     several processes each tells its errors, and the first answers.
 
     Inside, stdout goes to stderr, because the Trainer and others print there; only the answer gets to stdout.
+
+    Args:
+        json_output (`bool`): print facts as JSON.
+        lower (`str`): options that need less memory when they are lower.
 
     Raises:
         typer.Exit: unless the exit code is 0.
@@ -64,8 +68,11 @@ def verb(json_output: bool) -> Iterator[Answer]:
     with contextlib.redirect_stdout(sys.stderr), _calm_libraries():
         try:
             yield answer
-        except (NMSparseError, OSError) as error:
-            answer = Answer({"ok": False, "error": one_line(error), "kind": type(error).__name__}, code=_code(error))
+        except (NMSparseError, OSError, MemoryError, RuntimeError) as error:
+            if not isinstance(error, (NMSparseError, OSError)) and not is_out_of_memory(error):
+                raise
+            line = _no_memory(error, lower) if is_out_of_memory(error) else one_line(error)
+            answer = Answer({"ok": False, "error": line, "kind": type(error).__name__}, code=_code(error))
             if os.environ.get(DEBUG_VARIABLE, "0") != "0":
                 traceback.print_exc()
             _tell(f"error: {answer.facts['error']}", "bold red")
@@ -133,6 +140,21 @@ def new_results(**known: Any) -> RunResults:
     from ..results import RunResults, environment
 
     return RunResults(**{"command": command_line(), "environment": environment()} | known)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, that of a GPU or of the machine."""
+    import torch
+
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    )
+
+
+def _no_memory(error: Exception, lower: str) -> str:
+    advice = f"lower {lower}" if lower else "free some, or use a machine that has more"
+    said = one_line(error).partition(". ")[0] or "memory"
+    return f"out of memory ({said}); what was there before is unchanged: {advice}, then run the command again"
 
 
 def _code(error: Exception) -> int:

@@ -104,7 +104,7 @@ def compress(
     Example: nmsparse compress smollm2-wanda --values int4 --calibration Salesforce/wikitext:wikitext-2-raw-v1 --output
     smollm2-int4
     """
-    with verb(json_output) as answer:
+    with verb(json_output, lower="--samples or --sequence-length") as answer:
         from ..hub import compress as pack
         from ..packed import packed_sizes
 

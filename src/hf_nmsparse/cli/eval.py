@@ -138,7 +138,7 @@ def evaluate(
 
     Example: nmsparse eval my-packed-model --suite maskllm,kick --data my-items --limit 200 --output eval.json
     """
-    with verb(json_output) as answer:
+    with verb(json_output, lower="--batch-size or --sequence-length") as answer:
         from .eval_run import Asked, Source, run
 
         asked = Asked(

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import zipfile
 from collections.abc import Iterable, Iterator
 from enum import Enum
@@ -192,21 +191,15 @@ def output_folder(folder: Path) -> Iterator[Path]:
     Files of `folder` that tell nothing of what it holds (notes, checkpoints) stay; the mask of an earlier model does not.
     Call `check_output` first.
     """
-    with staged_folder(folder) as staging:
+    with staged_folder(folder, _tells) as staging:
         yield staging
-        written = {path.name for path in staging.iterdir()}
-    for pattern in _TELLING:
-        for path in folder.glob(pattern):
-            if path.name not in written:
-                path.unlink()
-    if MASK_FOLDER not in written and (folder / MASK_FOLDER / "adapter_config.json").is_file():
-        shutil.rmtree(folder / MASK_FOLDER)
 
 
-def remove_checkpoints(folder: Path) -> None:
-    """Remove the checkpoints of an earlier run."""
-    for path in checkpoints_in(folder):
-        shutil.rmtree(path)
+def _tells(entry: Path) -> bool:
+    """Whether an entry of an output folder belongs to the artefact in it."""
+    if entry.name == MASK_FOLDER:
+        return (entry / "adapter_config.json").is_file()
+    return any(entry.match(pattern) for pattern in _TELLING)
 
 
 def written_line(folder: Path) -> str:

@@ -141,7 +141,7 @@ def prune(
     Example: nmsparse prune Qwen/Qwen3-8B --criterion polish --start sparsegpt --weights refit --dense-budget 10%
     --calibration text.txt --max-memory 12GB --packed --output qwen3-packed
     """
-    with verb(json_output) as answer:
+    with verb(json_output, lower="--samples, --sequence-length or --max-memory") as answer:
         kind = Kind.PACKED if packed else Kind.MODEL
         check_output(output, kind, overwrite, [model])
         options = PruningOptions(

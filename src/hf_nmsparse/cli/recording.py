@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
-from ..files import RESULTS_FILE
+from ..files import RESULTS_FILE, staged_folder
 from .common import command_line, new_results
 from .folders import Kind, kind_of
 
@@ -59,8 +60,12 @@ class Record:
         if self._output is not None:
             self.results.write(self._output)
         if self._folder is not None:
-            self.results.write(self._folder / RESULTS_FILE)
-            update_card(self._folder, self.results, _CARDS[kind_of(self._folder)])
+            card = self._folder / "README.md"
+            with staged_folder(self._folder) as staging:  # both, or neither
+                self.results.write(staging / RESULTS_FILE)
+                if card.is_file():
+                    shutil.copyfile(card, staging / card.name)
+                update_card(staging, self.results, _CARDS[kind_of(self._folder)])
 
 
 def record_of(model: str, mask: str | None, into_folder: bool, output: Path | None) -> Record:

@@ -3,25 +3,16 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import ConfigError, FormatError
+from ..errors import ConfigError
 from ..files import read_json, write_file
-from .common import STOPPED, command_line, tell, verb
-from .folders import (
-    CHECKPOINTS,
-    COMMAND_FILE,
-    Kind,
-    check_output,
-    checkpoint_damage,
-    checkpoints_in,
-    remove_checkpoints,
-)
+from .common import STOPPED, tell, verb
+from .folders import CHECKPOINTS, COMMAND_FILE, Kind
 from .models import empty_model
 from .options import (
     TEXT_HELP,
@@ -50,6 +41,7 @@ from .options import (
 from .plan import show_plan
 from .processes import is_first_process, process_count, wait_for_all
 from .recipe import RecipeOption, remaining_options
+from .resuming import checkpoint_to_go_on_from, remove_checkpoints, resume_command, training_in
 from .training_run import TrainingRun, result_kind
 
 if TYPE_CHECKING:
@@ -182,7 +174,7 @@ DeltaToOption = Annotated[
     typer.Option("--delta-to", metavar="MASK", help="Store the mask as what it changes of this general mask."),
 ]
 ResumeOption = Annotated[
-    bool, typer.Option("--resume", help="Continue from the newest checkpoint in DIR/checkpoints.")
+    bool, typer.Option("--resume", help="Continue from the newest whole checkpoint in DIR/checkpoints.")
 ]
 
 
@@ -238,6 +230,7 @@ def train(
     --learning_rate 1e-3 --per_device_train_batch_size 2 --bf16 true ... Defaults that differ: learning_rate 1e-3,
     logging_steps 10, save_steps 100, save_total_limit 2. Ctrl-C stops after the current step with a checkpoint; under
     torchrun or accelerate launch (-m hf_nmsparse.cli train ...) at once.
+    After a kill the same command with --resume goes on, bit for bit.
 
     --relaxation ast, pdp, bdwp and transposable train the weights under the mask (they want a learning rate of 1e-5 to 1e-4).
     DIR then gets the model: packed where the pattern allows, else dense with zeros.
@@ -247,7 +240,7 @@ def train(
 
     Example: nmsparse train HuggingFaceTB/SmolLM2-135M --data train.txt --output my-mask --prior polish --max_steps 300
     """
-    with verb(json_output) as answer:
+    with verb(json_output, lower="--per_device_train_batch_size or --sequence-length") as answer:
         from .. import NMSparseConfig
         from ..training import plan
 
@@ -275,7 +268,7 @@ def train(
             seed=arguments.seed,
         )
         kind = result_kind(config) if config.trains_weight else Kind.MASK
-        checkpoint = _checkpoint(output, resume, overwrite, arguments, model, kind)
+        checkpoint = checkpoint_to_go_on_from(output, resume, overwrite, arguments, model, kind)
         if checkpoint is not None:
             _check_same(config, checkpoint)
         check_prior(prior)
@@ -318,19 +311,19 @@ def train(
             answer.show(*(f"{role}: {text}" for role, text in run.texts.items()))
             return
         run.check_general_mask(config)
-        masked = run.masked_model(config, dtype, resuming=checkpoint is not None)
-        wait_for_all()  # until each has looked into the folder
-        if checkpoint is None and is_first_process():
-            remove_checkpoints(output)  # there are some only with --overwrite
-        if is_first_process():
-            write_file(output / CHECKPOINTS / COMMAND_FILE, _resume_command() + "\n")  # for `nmsparse doctor`
-        trainer = run.trainer(masked, arguments)
-        if not _train(trainer, checkpoint):
-            step, again = trainer.state.global_step, _resume_command()
-            answer.facts, answer.code = {"error": "stopped", "step": step, "resume": again}, STOPPED
-            tell(f"stopped after step {step}, with a checkpoint; to go on: {again}")
-            return
-        run.publish(answer, trainer, output)
+        with training_in(output):
+            masked = run.masked_model(config, dtype, resuming=checkpoint is not None)
+            wait_for_all()  # until each has looked into the folder
+            if is_first_process():
+                remove_checkpoints(output, after=checkpoint)  # of another run with --overwrite, or cut off
+                write_file(output / CHECKPOINTS / COMMAND_FILE, resume_command() + "\n")  # for `nmsparse doctor`
+            trainer = run.trainer(masked, arguments)
+            if not _train(trainer, checkpoint):
+                step, again = trainer.state.global_step, resume_command()
+                answer.facts, answer.code = {"error": "stopped", "step": step, "resume": again}, STOPPED
+                tell(f"stopped after step {step}, with a checkpoint; to go on: {again}")
+                return
+            run.publish(answer, trainer, output)
 
 
 def _check_trained_weights(config: NMSparseConfig, blockwise_steps: int | None, delta_to: str | None) -> None:
@@ -424,35 +417,6 @@ def check_prior(prior: str) -> None:
 
 
 # --- resuming -------------------------------------------------------------------------------------------------------
-def _checkpoint(output: Path, resume: bool, overwrite: bool, arguments: Any, model: str, kind: Kind) -> Path | None:
-    """The checkpoint to go on from, after the output folder was found fit."""
-    there = checkpoints_in(output)
-    if arguments.resume_from_checkpoint:
-        return _complete(Path(arguments.resume_from_checkpoint), there)
-    if resume:
-        if not there:
-            raise ConfigError(
-                f"--resume: there is no checkpoint in {output / CHECKPOINTS}; leave --resume out to start"
-            )
-        return _complete(there[-1], there)
-    if there and not overwrite:
-        raise ConfigError(
-            f"--output {output} holds a training run up to {there[-1].name}; add --resume to go on, or --overwrite to "
-            "start again"
-        )
-    check_output(output, kind, overwrite, [model])
-    return None
-
-
-def _complete(checkpoint: Path, all_of_them: list[Path]) -> Path:
-    """Refuse a checkpoint that was not written to its end."""
-    if damage := checkpoint_damage(checkpoint):
-        whole = [path for path in all_of_them if path != checkpoint and not checkpoint_damage(path)]
-        way_out = f"go on from a whole one with --resume_from_checkpoint {whole[-1]}" if whole else "start again"
-        raise FormatError(f"{checkpoint} is incomplete ({', '.join(damage)}); {way_out}")
-    return checkpoint
-
-
 def _check_same(config: NMSparseConfig, checkpoint: Path) -> None:
     """Refuse to go on with other settings of the mask than those the run was started with."""
     stored = read_json(checkpoint / "adapter_config.json") or {}
@@ -461,17 +425,6 @@ def _check_same(config: NMSparseConfig, checkpoint: Path) -> None:
         then = tuple(then) if isinstance(now, tuple) and isinstance(then, list) else then
         if now != then:
             raise ConfigError(f"{checkpoint} was trained with {name}={then!r}, now it is {now!r}; repeat the options")
-
-
-def _resume_command() -> str:
-    """What was typed, so that it goes on from the newest checkpoint."""
-    typed, words = iter(shlex.split(command_line())), []
-    for word in typed:
-        if word.replace("-", "_") == "__resume_from_checkpoint":
-            next(typed, None)
-        elif word != "--resume" and not word.replace("-", "_").startswith("__resume_from_checkpoint="):
-            words.append(word)
-    return shlex.join([*words, "--resume"])
 
 
 # --- the run --------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from ..errors import ConfigError, FormatError
 from ..files import read_json, write_file
+from ..folder_locks import alone_in
 from .common import tell
 
 _RUN_FILE = "run.json"
@@ -34,6 +36,7 @@ class Unfinished:
         self.blocks = self.folder / "blocks"  # the engine's own
         self.offloaded = self.folder / "offloaded"
         self.masked = self.folder / "masked"  # a model on its way to being packed
+        self._removed = self.folder.with_name(f"{self.folder.name}.removed")
         self.settings = json.loads(json.dumps(settings))
         self._stored = read_json(self.folder / _RUN_FILE) or {}
         if self._stored and not isinstance(self._stored.get("settings"), dict):
@@ -56,22 +59,33 @@ class Unfinished:
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
-        """For the time of the context there is the folder. It goes afterwards, unless the body fails with work done."""
+        """For the time of the context there is the folder. It goes afterwards, unless the body fails with work done.
+
+        Raises:
+            ConfigError: if another process is writing the same output.
+        """
         if self._is_of_another_run:
-            shutil.rmtree(self.folder)
+            with alone_in(self.folder):
+                self._remove()
             self._stored = {}
-        self._remove_scratch()
-        self._write()
-        try:
-            yield
-        except BaseException:
+        with alone_in(self.folder):
             self._remove_scratch()
-            if self._has_work:
-                tell(f"what is done is kept in {self.folder}; the same command goes on after it")
-            else:
-                shutil.rmtree(self.folder, ignore_errors=True)
-            raise
-        shutil.rmtree(self.folder)
+            self._write()
+            try:
+                yield
+            except BaseException:
+                self._remove_scratch()
+                if self._has_work:
+                    tell(f"what is done is kept in {self.folder}; the same command goes on after it")
+                else:
+                    self._remove()
+                raise
+            self._remove()
+
+    def _remove(self) -> None:
+        """Remove the folder. It is renamed first: a part of it, left by a kill, would be taken for an unfinished run."""
+        os.rename(self.folder, self._removed)
+        shutil.rmtree(self._removed, ignore_errors=True)
 
     @property
     def dense_layers(self) -> list[str] | None:
@@ -90,7 +104,7 @@ class Unfinished:
         return finished_layers(self.blocks)
 
     def _remove_scratch(self) -> None:
-        for folder in (self.offloaded, self.masked):
+        for folder in (self.offloaded, self.masked, self._removed):
             shutil.rmtree(folder, ignore_errors=True)
 
     @property

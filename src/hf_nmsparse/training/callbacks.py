@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..adapter import NMSparseConfig, NMSparseLayer, mask_layers, set_mask_step, whole_tensors
 from ..errors import ConfigError
+from ..files import write_file
 from ..relaxations import sampling_state
 from .engines import check_engine, data_process, refuse_zero3
 from .optimizers import rounds_stochastically
@@ -160,9 +161,11 @@ class MaskMetricsCallback(TrainerCallback):
     ) -> None:
         self.last_codes = {key: _small_codes(layer, name) for key, layer, name in trained_layers(model)}
         self.start_codes = self.last_codes
-        saved = Path(args.output_dir, f"checkpoint-{state.global_step}", _START_FILE)
         if state.global_step == 0:
             return
+        saved = Path(args.output_dir, f"checkpoint-{state.global_step}", _START_FILE)
+        if not saved.is_file():  # killed before `on_save`; all checkpoints of a run hold the same
+            saved = next(Path(args.output_dir).glob(f"checkpoint-*/{_START_FILE}"), saved)
         if saved.is_file():
             self.start_codes = load_file(saved)
         else:
@@ -171,7 +174,7 @@ class MaskMetricsCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
         if state.is_world_process_zero and folder.is_dir():
-            save_file(self.start_codes, folder / _START_FILE)
+            write_file(folder / _START_FILE, save(self.start_codes))
 
     def on_log(
         self,

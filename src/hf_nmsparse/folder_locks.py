@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Processes that write one folder at a time, and folders that change in one step.
+
+Locks are those of the system on an open folder: they end with the process, however it ends. Where there are none (Windows,
+some network file systems) nothing is locked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import glob
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from .errors import ConfigError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux
+
+
+# --- locks ------------------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a folder that a run works in, for the time of the context. It is made if it is new, and goes
+    if it is empty at the end.
+
+    Raises:
+        ConfigError: if another process is in it.
+    """
+    new = [place for place in (folder, folder.parent) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = _opened(folder, wait=False)
+    if handle is None or (handle >= 0 and not _is_still(folder, handle)):
+        release(handle)
+        raise ConfigError(f"{folder} is in use by another process; wait until it has ended, or name another folder")
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # not empty
+            for place in new:
+                place.rmdir()
+        release(handle)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Wait for the lock of a folder, and hold it for the time of the context, which should be short."""
+    handle = _opened(folder, wait=True)
+    try:
+        yield
+    finally:
+        release(handle)
+
+
+@contextlib.contextmanager
+def staging_in(home: Path, name: str) -> Iterator[Path]:
+    """An empty folder called `name`, in a hidden one in `home` that goes afterwards.
+
+    Those that killed processes have left for this name go too: a lock in a hidden folder says that its process lives. It is
+    not the folder's own lock, as another staging folder may be wanted beside this one.
+    """
+    prefix = f".{name}.new-"
+    with locked(home):
+        for left in home.glob(f"{glob.escape(prefix)}*"):
+            handle = _opened_file(left / "lock")
+            if handle is not None and handle >= 0:
+                shutil.rmtree(left, ignore_errors=True)
+            release(handle)
+        hidden = Path(tempfile.mkdtemp(dir=home, prefix=prefix))
+        handle = _opened_file(hidden / "lock")
+    try:
+        staging = hidden / name
+        staging.mkdir()
+        yield staging
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+        release(handle)
+
+
+def release(handle: int | None) -> None:
+    """Let go of a lock."""
+    if handle is not None and handle >= 0:
+        os.close(handle)
+
+
+def _opened(path: Path, wait: bool) -> int | None:
+    """A handle that holds the lock of a folder or file; `None` if another process has it, -1 where there are no locks."""
+    if fcntl is None:
+        return -1
+    handle = None
+    try:
+        handle = os.open(path, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        release(handle)
+        return None
+    except OSError:  # the file system has no locks
+        release(handle)
+        return -1
+    return handle
+
+
+def _opened_file(path: Path) -> int | None:
+    with contextlib.suppress(OSError):
+        path.touch()
+    return _opened(path, wait=False)
+
+
+def _is_still(folder: Path, handle: int) -> bool:
+    """Whether a folder is the one that was opened: a process that has just ended may have removed that."""
+    try:
+        return os.path.samestat(os.stat(folder), os.fstat(handle))
+    except FileNotFoundError:
+        return False
+
+
+# --- one step ---------------------------------------------------------------------------------------------------------
+def exchange_folders(new: Path, folder: Path, dropped: Callable[[Path], bool]) -> None:
+    """Put `new` in the place of `folder`, and `folder` in that of `new`, in one step.
+
+    Entries of `folder` that `new` lacks are linked into it first, and once more afterwards, should a process have added some.
+
+    Args:
+        new (`Path`): in the same file system.
+        folder (`Path`): what is there.
+        dropped (`Callable[[Path], bool]`): entries that are not taken over.
+
+    Raises:
+        OSError: if the system or the file system cannot do it; `folder` is as it was then.
+    """
+    if not hasattr(_library(), "renameat2"):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), str(folder))
+    _link_rest(folder, new, dropped)
+    shutil.copystat(folder, new)
+    with contextlib.suppress(PermissionError):  # whose it is only root can say
+        os.chown(new, folder.stat().st_uid, folder.stat().st_gid)
+    paths = [os.fsencode(path) for path in (new, folder)]
+    if _library().renameat2(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(folder))
+    with contextlib.suppress(OSError):  # the folder is in place: nothing may be said to have failed
+        _link_rest(new, folder, dropped)
+
+
+def _library() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+
+
+def _link_rest(folder: Path, into: Path, dropped: Callable[[Path], bool] = lambda entry: False) -> None:
+    for entry in folder.iterdir():
+        target = into / entry.name
+        if dropped(entry):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            if not target.exists():
+                target.mkdir()
+                shutil.copystat(entry, target)
+            _link_rest(entry, target)
+        elif target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(entry))
+        elif not os.path.lexists(target):
+            os.link(entry, target, follow_symlinks=False)
+
+
+def remove_entry(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
