@@ -52,7 +52,7 @@ def checkpoint_to_go_on_from(
 
 def _newest(there: list[Path]) -> Path | None:
     """The newest checkpoint, without those that a kill has cut off; `None` if it has cut off all."""
-    whole = [path for path in there if _was_finished(path)]
+    whole = [path for path in there if was_finished(path)]
     newest = _complete(whole[-1], there) if whole else None
     if newest != there[-1]:
         goes_on = "starting at the beginning" if newest is None else f"going on from {newest.name}"
@@ -60,7 +60,7 @@ def _newest(there: list[Path]) -> Path | None:
     return newest
 
 
-def _was_finished(checkpoint: Path) -> bool:
+def was_finished(checkpoint: Path) -> bool:
     """Whether a checkpoint was written to its end."""
     try:
         return read_json(checkpoint / _LAST_FILE) is not None
@@ -115,7 +115,7 @@ def _checkpoints_kept(output: Path) -> Iterator[None]:
         yield
     except BaseException:
         for path in checkpoints_in(output):
-            if not _was_finished(path):
+            if not was_finished(path):
                 _remove(path)
         again = command_line()
         if kept := checkpoints_in(output):
