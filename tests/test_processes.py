@@ -33,6 +33,9 @@ PHASES = [["layers.0", 2], ["layers.1", 2]]
 # Without Adam, which would make noise of the smallest gradients' rounding, where micro-batches are added in another order.
 SPLIT = {"config": {"resample": "step"}, "stock": True}
 SGD = {"optim": "sgd", "learning_rate": 2.0}
+EIGHT_BIT = {"config": {"logits_dtype": "bfloat16"}, "trainer": {"mask_optimizer_states": "8bit"}}
+RECOMPUTED = {"activation_checkpointing": True}
+ELEMENTWISE = {"relaxation": "elementwise"}
 TERMS = {"low_rank": 2, "delta_rank": 2}
 AST = {"relaxation": "ast", "mask_interval": 1}
 
@@ -81,6 +84,8 @@ def single(tmp_path_factory, worker):
         "phases": {"arguments": {"gradient_accumulation_steps": 2}, "phases": PHASES},
         "distilled": {"arguments": {"gradient_accumulation_steps": 2}, "distilled": True},
         "terms": {"arguments": {"gradient_accumulation_steps": 2}, "config": TERMS},
+        "elementwise": {"arguments": {"gradient_accumulation_steps": 2, **RECOMPUTED}, "config": ELEMENTWISE},
+        "8bit": {"arguments": {"gradient_accumulation_steps": 2}, **EIGHT_BIT},
         "ast": {"arguments": {"gradient_accumulation_steps": 2, **SGD}, "config": AST},
     }
 
@@ -96,6 +101,7 @@ def two(tmp_path_factory, worker, single):
     """Two processes."""
     sgd = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, **SGD}
     runs = {"refused-ast": {"engine": "fsdp2", "config": AST}, "ddp-ast": {"arguments": SGD, "config": AST}}
+    runs["ddp-8bit"] = EIGHT_BIT
     runs["refused-optimizer"] = {"engine": "fsdp2", "trainer": {"mask_optimizer_states": "8bit"}}
     for engine in ("ddp", "fsdp2"):
         runs |= {
@@ -104,6 +110,7 @@ def two(tmp_path_factory, worker, single):
             f"{engine}-phases": {"engine": engine, "phases": PHASES},
             f"{engine}-distilled": {"engine": engine, "distilled": True},
             f"{engine}-terms": {"engine": engine, "config": TERMS},
+            f"{engine}-elementwise": {"engine": engine, "arguments": RECOMPUTED, "config": ELEMENTWISE},
         }
 
     def make(folder: Path) -> None:
@@ -140,7 +147,7 @@ def mask_bytes(folder: Path) -> bytes:
 
 # --- training -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("kind", ["plain", "split", "phases", "distilled", "terms"])
+@pytest.mark.parametrize("kind", ["plain", "split", "phases", "distilled", "terms", "elementwise"])
 def test_two_processes_train_and_publish_what_one_does(single, two, engine, kind):
     assert_same_training(single / kind, two / f"{engine}-{kind}")
 
@@ -180,6 +187,12 @@ def test_the_log_is_that_of_one_process(single, two):
         for line, other in zip(expected, seen(two / f"{engine}-plain")["log"], strict=True):
             assert line.keys() == other.keys() >= {"nm/flip_rate", "nm/entropy"}
             assert all(other[key] == pytest.approx(line[key], rel=1e-4) for key in line)
+
+
+def test_processes_that_round_at_random_stay_together(single, two):
+    zero, one = (seen(two / "ddp-8bit", rank)["trained"] for rank in (0, 1))
+    assert all(torch.equal(zero[name], one[name]) for name in zero)
+    assert mask_bytes(single / "8bit") == mask_bytes(two / "ddp-8bit")
 
 
 # --- checkpoints ----------------------------------------------------------------------------------------------------
@@ -256,6 +269,8 @@ def zero(tmp_path_factory, worker):
         "plain": {"engine": "zero2", "arguments": SAVES},
         "split": {"engine": "zero2", "arguments": SGD, **SPLIT},
         "distilled": {"engine": "zero2", "distilled": True},
+        "terms": {"engine": "zero2", "config": TERMS},
+        "elementwise": {"engine": "zero2", "arguments": RECOMPUTED, "config": ELEMENTWISE},
         "refused-phases": {"engine": "zero2", "phases": PHASES},
         "refused-ast": {"engine": "zero2", "config": AST},
         "refused-optimizer": {"engine": "zero2", "trainer": {"mask_optimizer_states": "8bit"}},
@@ -271,7 +286,7 @@ def zero(tmp_path_factory, worker):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["plain", "split", "distilled"])
+@pytest.mark.parametrize("kind", ["plain", "split", "distilled", "terms", "elementwise"])
 def test_zero2_trains_and_publishes_what_one_process_does(single, zero, kind):
     assert_same_training(single / kind, zero / kind)
 
