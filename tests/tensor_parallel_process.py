@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each process of tests/test_tensor_parallel.py does: loads its part of a packed model, computes, saves."""
+"""What each process of tests/test_tensor_parallel.py does: loads its part of a packed model, computes, saves; and tries to put a
+mask on its part of the dense one."""
 
 from __future__ import annotations
 
@@ -7,11 +8,13 @@ import sys
 from pathlib import Path
 
 import torch
+from peft import get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
-import hf_nmsparse  # noqa: F401  (registers the quantizer)
+import hf_nmsparse as nms
+from hf_nmsparse.errors import UnsupportedError
 from hf_nmsparse.packed import SparseLinear24
 
 
@@ -31,13 +34,25 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def main(source: str, target: str) -> None:
-    model = AutoModelForCausalLM.from_pretrained(source, distributed_config=DistributedConfig(tp_plan="auto"))
+def masks_refused(folder: str) -> str:
+    """What is said of a mask on the dense model."""
+    try:
+        get_peft_model(load(folder), nms.NMSparseConfig())
+    except UnsupportedError as error:
+        return str(error)
+    return ""
+
+
+def load(folder: str) -> nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_plan="auto"))
+
+
+def main(packed: str, dense: str, target: str) -> None:
+    model = load(packed)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, SparseLinear24)}
     shards = {name: list(layer.weight.to_local().shape) for name, layer in layers.items()}
-    torch.save(
-        {"answers": answers(model), "shards": shards}, Path(target, f"process-{torch.distributed.get_rank()}.pt")
-    )
+    seen = {"answers": answers(model), "shards": shards, "refused": masks_refused(dense)}
+    torch.save(seen, Path(target, f"process-{torch.distributed.get_rank()}.pt"))
     model.save_pretrained(Path(target, "saved"))
 
 

@@ -195,6 +195,14 @@ def test_processes_that_round_at_random_stay_together(single, two):
     assert mask_bytes(single / "8bit") == mask_bytes(two / "ddp-8bit")
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_process_writes_the_mask(monkeypatch, llama, tmp_path, rank):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+    nms.save_mask(get_peft_model(llama, nms.NMSparseConfig()), tmp_path / "mask")
+    assert (tmp_path / "mask").exists() == (rank == 0)
+
+
 # --- checkpoints ----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["ddp-from-one", "ddp-from-two", "fsdp2-from-two"])
 def test_resumed_runs_end_where_the_uninterrupted_one_does(single, two, name):

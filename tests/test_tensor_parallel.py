@@ -24,11 +24,10 @@ def packed_llama(**changes) -> LlamaForCausalLM:
     return nms.compress(get_peft_model(dense, nms.NMSparseConfig()))
 
 
-def test_two_processes_compute_and_save_what_one_does(tmp_path):
+def test_two_processes_compute_and_save_what_one_does(tmp_path, base_folder):
     packed_llama(attention_bias=True).save_pretrained(tmp_path / "packed")
-    done = torchrun(
-        2, str(Path(__file__).with_name("tensor_parallel_process.py")), str(tmp_path / "packed"), str(tmp_path)
-    )
+    script = Path(__file__).with_name("tensor_parallel_process.py")
+    done = torchrun(2, str(script), str(tmp_path / "packed"), str(base_folder), str(tmp_path))
     assert done.returncode == 0, done.stderr[-4000:]
     expected = answers(AutoModelForCausalLM.from_pretrained(tmp_path / "packed"))
     for rank in (0, 1):
@@ -36,6 +35,7 @@ def test_two_processes_compute_and_save_what_one_does(tmp_path):
         assert seen["answers"].keys() == expected.keys() and len(expected) > 20
         for name, value in seen["answers"].items():
             torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        assert "putting a mask on needs whole weights, but model.layers.0.self_attn.q_proj.weight" in seen["refused"]
         assert seen["shards"]["model.layers.0.self_attn.q_proj"] == [16, 16]  # half the rows
         assert seen["shards"]["model.layers.0.mlp.down_proj"] == [32, 12]  # half the inputs
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("packed", "saved"))
