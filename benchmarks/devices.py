@@ -155,16 +155,16 @@ def planned_at(name: str) -> list[dict]:
         for engine in ENGINES:
             for devices in (8, 64):
                 held = device_bytes(plan, devices, engine).to_dict()
-                rows.append({"model": name, "relaxation": relaxation, **held})
+                rows.append({"scale": name, "relaxation": relaxation, **held})
     return rows
 
 
 def markdown(rows: list[dict]) -> str:
     """GB on each device."""
     lines = ["| model | relaxation | engine | 8 devices | 64 devices |", "|---|---|---|---|---|"]
-    cases = dict.fromkeys((row["model"], row["relaxation"], row["engine"]) for row in rows)
+    cases = dict.fromkeys((row["scale"], row["relaxation"], row["engine"]) for row in rows)
     for case in cases:
-        of_case = {row["devices"]: row for row in rows if (row["model"], row["relaxation"], row["engine"]) == case}
+        of_case = {row["devices"]: row for row in rows if (row["scale"], row["relaxation"], row["engine"]) == case}
         lines.append(
             f"| {' | '.join(case)} | " + " | ".join(f"{of_case[n]['total'] / GIGABYTE:,.0f}" for n in (8, 64)) + " |"
         )
