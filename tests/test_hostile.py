@@ -138,6 +138,15 @@ def rewrite(path: Path, **changes) -> None:
 
 
 @pytest.mark.parametrize("door", ["nms.load_mask", "PeftModel"])
+def test_a_digest_of_terms_in_another_dtype_is_refused(terms, door):
+    tensors = load_file(terms / MASK)
+    name = next(name for name in tensors if name.endswith(".nmsparse_terms"))
+    save_file(tensors | {name: tensors[name].view(torch.float8_e4m3fn)}, terms / MASK, {"format": "pt"})
+    with pytest.raises(FormatError, match="nmsparse_terms|digest"):
+        doors(terms)[door]()
+
+
+@pytest.mark.parametrize("door", ["nms.load_mask", "PeftModel"])
 @pytest.mark.parametrize("change", [{"pattern": "3:4"}, {"slorb_block": 7}])
 def test_a_config_under_which_the_same_codes_or_terms_mean_others_is_refused(terms, door, change):
     rewrite(terms / CONFIG, **change)  # as many candidates as 1:4; as many blocks of 16 inputs as with 6
