@@ -148,6 +148,20 @@ def test_resuming_starts_anew_where_all_checkpoints_were_cut_off(there):
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
+def test_a_run_that_died_before_its_first_checkpoint_starts_again_by_the_same_command(there, monkeypatch):
+    from hf_nmsparse.training import NMSparseTrainer
+
+    with monkeypatch.context() as patched:
+        patched.setattr(NMSparseTrainer, "training_step", lambda *_, **__: no_memory())
+        run(f"{TRAIN} run", 2)
+    assert list(contents(Path("run"))) == ["checkpoints/command.txt"]
+    assert "leave --resume out to start" in run(f"{TRAIN} run --resume", 2).stderr
+    assert "it has no checkpoint yet" in run("doctor run").stdout
+    run(f"{TRAIN} run")
+    one, two = (load_file(f"{folder}/adapter_model.safetensors") for folder in ("trained", "run"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
 def test_a_run_that_was_killed_after_its_last_step_makes_no_step_more(there):
     shutil.copytree("trained", "run")
     Path("run/adapter_config.json").unlink()

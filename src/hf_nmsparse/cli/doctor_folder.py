@@ -287,6 +287,9 @@ def _other_files(findings: Findings, folder: Path) -> None:
         findings.note("kind", f"a folder of others: {', '.join(tasks)}", "name one of them; of a repo, with --task")
     elif (folder / RESULTS_FILE).is_file():
         findings.note("kind", "results of a run, without its mask or model", f"nmsparse report {_quote(folder)}")
+    elif (noted := folder / CHECKPOINTS / COMMAND_FILE).is_file() and not holds_files(folder):
+        command = noted.read_text(encoding="utf-8").strip().removesuffix(" --resume")
+        findings.note("training run", "it has no checkpoint yet", f"if it does not run any more: {command}")
     elif not _only_pickles(findings, folder):
         found = "nothing that nmsparse reads" if holds_files(folder) else "no files"
         wanted = f"a mask has adapter_config.json, a model config.json, masks for others {NPZ_FILE}"

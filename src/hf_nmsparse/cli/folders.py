@@ -180,8 +180,9 @@ def check_output(folder: Path, kind: Kind, overwrite: bool, inputs: Iterable[str
 
 
 def holds_files(folder: Path) -> bool:
-    """Whether there is any file in a folder or below."""
-    return any(path.is_file() for path in folder.rglob("*"))
+    """Whether there is any file in a folder or below. The command of a run that left no checkpoint is none to keep."""
+    noted = folder / CHECKPOINTS / COMMAND_FILE
+    return any(path.is_file() and path != noted for path in folder.rglob("*"))
 
 
 @contextlib.contextmanager
