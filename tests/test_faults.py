@@ -162,6 +162,19 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_again_by_the_same_co
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
+def test_a_checkpoint_of_another_folder_goes_on_only_where_a_run_may_start(there):
+    checkpoint = "--resume_from_checkpoint trained/checkpoints/checkpoint-2"
+    before = contents(Path("base"))
+    assert "also an input" in run(f"{TRAIN} base {checkpoint}", 2).stderr
+    assert contents(Path("base")) == before
+    Path("run/checkpoints/checkpoint-9").mkdir(parents=True)  # of another run
+    assert "holds a training run up to checkpoint-9" in run(f"{TRAIN} run {checkpoint}", 2).stderr
+    run(f"{TRAIN} run {checkpoint} --overwrite")
+    assert [path.name for path in Path("run/checkpoints").glob("checkpoint-*")] == ["checkpoint-3"]
+    one, two = (load_file(f"{folder}/adapter_model.safetensors") for folder in ("trained", "run"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
 def test_a_run_that_was_killed_after_its_last_step_makes_no_step_more(there):
     shutil.copytree("trained", "run")
     Path("run/adapter_config.json").unlink()

@@ -14,7 +14,7 @@ from ..errors import ConfigError, FormatError
 from ..files import full_disk_named, read_json
 from ..folder_locks import alone_in
 from .common import command_line, tell
-from .folders import CHECKPOINTS, Kind, check_output, checkpoint_damage, checkpoints_in
+from .folders import CHECKPOINTS, Kind, check_output, checkpoint_damage, checkpoints_in, numbered_checkpoints
 from .processes import is_first_process
 
 if TYPE_CHECKING:
@@ -33,9 +33,10 @@ def checkpoint_to_go_on_from(
         FormatError: if the checkpoint is damaged.
     """
     there = checkpoints_in(output)
-    if arguments.resume_from_checkpoint:
-        return _complete(Path(arguments.resume_from_checkpoint), there)
-    if resume:
+    asked = Path(arguments.resume_from_checkpoint) if arguments.resume_from_checkpoint else None
+    if asked is not None and _is_one_of(asked, there):
+        return _complete(asked, there)
+    if resume and asked is None:
         if not there:
             raise ConfigError(
                 f"--resume: there is no checkpoint in {output / CHECKPOINTS}; leave --resume out to start"
@@ -47,7 +48,11 @@ def checkpoint_to_go_on_from(
             "start again"
         )
     check_output(output, kind, overwrite, [model])
-    return None
+    return None if asked is None else _complete(asked, numbered_checkpoints(asked.parent))
+
+
+def _is_one_of(checkpoint: Path, all_of_them: list[Path]) -> bool:
+    return checkpoint.resolve() in [path.resolve() for path in all_of_them]
 
 
 def _newest(there: list[Path]) -> Path | None:
@@ -126,14 +131,11 @@ def _checkpoints_kept(output: Path) -> Iterator[None]:
 
 
 def remove_checkpoints(output: Path, after: Path | None) -> None:
-    """Remove the checkpoints that come after one of them; all, after none. Those of another folder's run tell nothing."""
+    """Remove the checkpoints that come after one of them; all, after none or one of another folder."""
     there = checkpoints_in(output)
-    if after is None:
-        later = there
-    else:
-        known = [path.resolve() for path in there]
-        later = there[known.index(after.resolve()) + 1 :] if after.resolve() in known else []
-    for path in later:
+    known = [path.resolve() for path in there]
+    kept = known.index(after.resolve()) + 1 if after is not None and _is_one_of(after, there) else 0
+    for path in there[kept:]:
         _remove(path)
 
 
