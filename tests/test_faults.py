@@ -5,6 +5,7 @@ import contextlib
 import errno
 import os
 import shutil
+import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -419,3 +420,23 @@ def test_a_folder_that_is_held_twice_is_refused(tmp_path):
     with alone_in(tmp_path / "run"), pytest.raises(ConfigError, match="in use"), alone_in(tmp_path / "run"):
         pass
     assert not (tmp_path / "run").exists()
+
+
+@forks
+def test_a_folder_that_is_held_is_written_into_and_around_and_stays_held(tmp_path):
+    held = tmp_path / "out" / "checkpoints"
+    write_file(tmp_path / "out" / "results.json", "old")
+    with alone_in(held):
+        process = os.fork()
+        if process == 0:
+            with contextlib.suppress(BaseException):
+                signal.alarm(20)  # waiting would be without end
+                for folder in (held / "mask", tmp_path / "out"):
+                    with staged_folder(folder) as staging:
+                        write_file(staging / "results.json", "new")
+                os._exit(0)
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
+        with pytest.raises(ConfigError, match="in use"), alone_in(held):
+            pass
+    assert set(contents(tmp_path / "out")) == {"results.json", "checkpoints/mask/results.json"}

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Processes that write one folder at a time, and folders that change in one step.
 
-Locks are those of the system on an open folder: they end with the process, however it ends. Where there are none (Windows,
+Locks are those of the system on an open file or folder: they end with the process, however it ends. Where there are none (Windows,
 some network file systems) nothing is locked.
 """
 
@@ -25,6 +25,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+LOCK_FILE = ".lock"  # a kill leaves it, and it locks nothing then
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux
 
 
@@ -34,19 +35,24 @@ def alone_in(folder: Path) -> Iterator[None]:
     """Keep other processes out of a folder that a run works in, for the time of the context. It is made if it is new, and goes
     if it is empty at the end.
 
+    The lock is that of a file in it, which stays the same when a folder around it is exchanged, and leaves others free to be
+    written inside.
+
     Raises:
         ConfigError: if another process is in it.
     """
     new = [place for place in (folder, folder.parent) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    handle = _opened(folder, wait=False)
-    if handle is None or (handle >= 0 and not _is_still(folder, handle)):
+    lock = folder / LOCK_FILE
+    handle = _opened_file(lock)
+    if handle is None or (handle >= 0 and not _is_still(lock, handle)):
         release(handle)
         raise ConfigError(f"{folder} is in use by another process; wait until it has ended, or name another folder")
     try:
         yield
     finally:
         with contextlib.suppress(OSError):  # not empty
+            lock.unlink(missing_ok=True)
             for place in new:
                 place.rmdir()
         release(handle)
@@ -93,15 +99,16 @@ def release(handle: int | None) -> None:
         os.close(handle)
 
 
-def _opened(path: Path, wait: bool) -> int | None:
-    """A handle that holds the lock of a folder or file; `None` if another process has it, -1 where there are no locks."""
+def _opened(path: Path, wait: bool, flags: int = os.O_RDONLY) -> int | None:
+    """A handle that holds the lock of a folder or file; `None` if another process has it or has just removed it, -1 where there
+    are no locks."""
     if fcntl is None:
         return -1
     handle = None
     try:
-        handle = os.open(path, os.O_RDONLY)
+        handle = os.open(path, flags, 0o666)
         fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except (BlockingIOError, FileNotFoundError):
         release(handle)
         return None
     except OSError:  # the file system has no locks
@@ -111,15 +118,13 @@ def _opened(path: Path, wait: bool) -> int | None:
 
 
 def _opened_file(path: Path) -> int | None:
-    with contextlib.suppress(OSError):
-        path.touch()
-    return _opened(path, wait=False)
+    return _opened(path, wait=False, flags=os.O_RDONLY | os.O_CREAT)
 
 
-def _is_still(folder: Path, handle: int) -> bool:
-    """Whether a folder is the one that was opened: a process that has just ended may have removed that."""
+def _is_still(path: Path, handle: int) -> bool:
+    """Whether a file is the one that was opened: a process that has just ended may have removed that."""
     try:
-        return os.path.samestat(os.stat(folder), os.fstat(handle))
+        return os.path.samestat(os.stat(path), os.fstat(handle))
     except FileNotFoundError:
         return False
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..errors import ConfigError, FormatError
 from ..files import RESULTS_FILE, read_json, staged_folder
+from ..folder_locks import LOCK_FILE
 from .common import size
 
 CHECKPOINTS = "checkpoints"
@@ -180,9 +181,9 @@ def check_output(folder: Path, kind: Kind, overwrite: bool, inputs: Iterable[str
 
 
 def holds_files(folder: Path) -> bool:
-    """Whether there is any file in a folder or below. The command of a run that left no checkpoint is none to keep."""
-    noted = folder / CHECKPOINTS / COMMAND_FILE
-    return any(path.is_file() and path != noted for path in folder.rglob("*"))
+    """Whether there is any file in a folder or below. What a run that left no checkpoint has noted is none to keep."""
+    noted = [folder / CHECKPOINTS / name for name in (COMMAND_FILE, LOCK_FILE)]
+    return any(path.is_file() and path not in noted for path in folder.rglob("*"))
 
 
 @contextlib.contextmanager
