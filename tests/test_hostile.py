@@ -11,6 +11,7 @@ import random
 import struct
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -272,6 +273,15 @@ def test_a_model_config_that_makes_no_sense_is_refused_soon(found, change):
         assert outcome.right, outcome
         refused.append(outcome.kind == hostile.REFUSED)
     assert any(refused)  # to count the groups of packed tensors not every field matters
+
+
+def test_a_name_that_is_there_twice_among_many_is_found_soon(tmp_path):
+    names = ",".join(f'"a{i}":0' for i in range(100_000))
+    (tmp_path / "results.json").write_text("{" + names + ',"a99999":1}')
+    started = time.process_time()
+    with pytest.raises(FormatError, match="duplicate key 'a99999'"):
+        RunResults.read(tmp_path / "results.json")
+    assert time.process_time() - started < 5  # minutes, where each is counted among all
 
 
 @pytest.mark.parametrize("line", [hostile.NESTED, '{"text": ' + "9" * 5000 + "}"], ids=["nested", "digits"])
