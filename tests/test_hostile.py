@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 import struct
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import torch
 from hostile_artefacts import CONFIG, MASK, MODEL, Artefact, artefacts, masked, tiny_llama
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AlbertConfig, AlbertModel, AutoModelForCausalLM
 
 import hf_nmsparse as nms
 from hf_nmsparse import NMSparseConfig
@@ -273,6 +274,32 @@ def test_a_model_config_that_makes_no_sense_is_refused_soon(found, change):
         assert outcome.right, outcome
         refused.append(outcome.kind == hostile.REFUSED)
     assert any(refused)  # to count the groups of packed tensors not every field matters
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"vocab_size_per_layer_input": 262_144}, {"max_window_layers": 70}, {"layer_norm_eps_steps": 5000}],
+    ids=str,
+)
+def test_numbers_with_layers_in_their_name_are_no_layers(found, tmp_path, change):
+    """Gemma 3n has the first, a Qwen2 of two layers the second."""
+    shutil.copytree(found["packed"].folder.parent / "sound", tmp_path, dirs_exist_ok=True)
+    rewrite(tmp_path / "config.json", **change)
+    assert nms.verify(tmp_path).ok
+
+
+def test_more_layers_than_tensors_are_taken_where_layers_share_weights(tmp_path):
+    config = AlbertConfig(
+        vocab_size=16,
+        embedding_size=8,
+        hidden_size=8,
+        num_hidden_layers=40,
+        num_attention_heads=1,
+        intermediate_size=8,
+    )
+    AlbertModel(config).save_pretrained(tmp_path)
+    assert len(load_file(tmp_path / MODEL)) < 40
+    assert nms.verify(tmp_path).kind == "masked model"
 
 
 def test_a_name_that_is_there_twice_among_many_is_found_soon(tmp_path):

@@ -29,6 +29,7 @@ OF_TRANSFORMERS = (
     ValueError,
 )
 _MOST = 1 << 31  # no size comes near it
+_FEW_LAYERS = 1024  # built in seconds, whatever the files hold: layers may share weights, and some counts build none
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:
@@ -36,7 +37,7 @@ def read_model_config(folder: Path) -> dict[str, Any]:
 
     Raises:
         FormatError: if it is no JSON object, or names sizes that would take an hour, or all memory, to build: a number from
-            2^31, or more layers than there are tensors in the files.
+            2^31, or over a thousand layers and more than there are tensors in the files.
     """
     content = read_json(folder / "config.json") or {}
     num_tensors = 0
@@ -44,13 +45,18 @@ def read_model_config(folder: Path) -> dict[str, Any]:
         with open_tensors(path) as file:
             num_tensors += len(file.keys())
     for key, value in _whole_numbers(content):
-        most = num_tensors if "layer" in key else _MOST
+        most = max(num_tensors, _FEW_LAYERS) if _counts_layers(key) else _MOST
         if abs(value) > most:
             raise FormatError(
                 f"{folder / 'config.json'}: {key}={value!r:.40} is over {most}"
-                f"{', the number of tensors in the files' if most != _MOST else ''}; the config is damaged, fetch it again"
+                f"{f', with {num_tensors} tensors in the files' if most != _MOST else ''}; the config is damaged, fetch it again"
             )
     return content
+
+
+def _counts_layers(key: str) -> bool:
+    """Whether a field says how many layers there are (num_hidden_layers, n_layer), not what is of a layer (..._per_layer_input)."""
+    return key.endswith(("layer", "layers")) and "per_layer" not in key
 
 
 def _whole_numbers(content: dict[str, Any]) -> Iterator[tuple[str, int]]:
