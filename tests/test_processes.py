@@ -102,6 +102,7 @@ def two(tmp_path_factory, worker, single):
     sgd = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, **SGD}
     runs = {"refused-ast": {"engine": "fsdp2", "config": AST}, "ddp-ast": {"arguments": SGD, "config": AST}}
     runs["ddp-8bit"] = EIGHT_BIT
+    runs["refused-loading"] = {"engine": "fsdp2-loaded-by-the-first"}
     runs["refused-optimizer"] = {"engine": "fsdp2", "trainer": {"mask_optimizer_states": "8bit"}}
     for engine in ("ddp", "fsdp2"):
         runs |= {
@@ -238,7 +239,11 @@ def test_fsdp2_goes_on_with_three_processes_where_two_began(tmp_path):
 # --- what is refused ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("run", "reason"),
-    [("refused-optimizer", "MaskAdamW under sharding"), ("refused-ast", "relaxation 'ast' trains a weight")],
+    [
+        ("refused-optimizer", "MaskAdamW under sharding"),
+        ("refused-ast", "relaxation 'ast' trains a weight"),
+        ("refused-loading", "cpu_ram_efficient_loading"),
+    ],
 )
 def test_what_needs_whole_weights_is_refused_under_fsdp2_by_every_process(two, run, reason):
     for rank in (0, 1):

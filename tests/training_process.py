@@ -41,7 +41,7 @@ class Run:
     """One training run, the same in each process.
 
     Attributes:
-        engine (`str`): "ddp", "fsdp2", "zero2" or "zero3"; a single process has none.
+        engine (`str`): "ddp", "fsdp2", "fsdp2-loaded-by-the-first", "zero2" or "zero3"; a single process has none.
         arguments (`dict`): for `TrainingArguments`.
         config (`dict`): for `NMSparseConfig`.
         trainer (`dict`): for `NMSparseTrainer`.
@@ -82,9 +82,10 @@ def use_engine(engine: str) -> dict[str, Any]:
     AcceleratorState._reset_state(reset_partial_state=True)
     for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
         os.environ.pop(name, None)
-    if engine == "fsdp2":
+    if engine.startswith("fsdp2"):
         _let_accelerate_shard_on_cpus()
-        return {"fsdp": True, "fsdp_config": {"version": 2}}
+        only_first = engine == "fsdp2-loaded-by-the-first"
+        return {"fsdp": True, "fsdp_config": {"version": 2, "cpu_ram_efficient_loading": only_first}}
     if engine.startswith("zero"):
         return {
             "deepspeed": {

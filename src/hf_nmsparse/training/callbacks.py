@@ -16,7 +16,7 @@ from ..adapter import NMSparseConfig, NMSparseLayer, mask_layers, set_mask_step,
 from ..errors import ConfigError
 from ..files import write_file
 from ..relaxations import sampling_state
-from .engines import check_engine, data_process, refuse_zero3
+from .engines import check_engine, data_process, refuse_empty_weights, refuse_zero3
 from .optimizers import rounds_stochastically
 
 logger = logging.getLogger(__name__)
@@ -68,6 +68,7 @@ class MaskScheduleCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs
     ) -> None:
         refuse_zero3(args)
+        refuse_empty_weights()
         # trl casts what trains over a quantised base to bfloat16. The optimizer does not exist yet, so this is in time.
         given = {id(layer.mask_parameter(name)): layer.configs[name] for _, layer, name in trained_layers(model)}
         low = [p for name, p in model.named_parameters() if ".nmsparse_" in name and p.requires_grad]

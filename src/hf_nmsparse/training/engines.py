@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import torch
+from accelerate.state import AcceleratorState
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import TrainingArguments
@@ -42,6 +43,22 @@ def refuse_zero3(args: TrainingArguments) -> None:
         raise UnsupportedError(
             "masks cannot be trained under DeepSpeed ZeRO-3, which gathers weights only for modules that are called; use "
             'FSDP2 (fsdp=True, or accelerate launch with fsdp_version: 2), which shards as much, or ZeRO-2 ("stage": 2)'
+        )
+
+
+def refuse_empty_weights() -> None:
+    """Refuse, before FSDP2 takes the model, weights that only the first process has: Accelerate (1.15) hands parameters on to the
+    others, and fails on buffers, such as the fingerprint of the base weight that each mask keeps.
+
+    Raises:
+        UnsupportedError: with `cpu_ram_efficient_loading`.
+    """
+    plugin = getattr(AcceleratorState(), "fsdp_plugin", None)
+    if plugin is not None and plugin.fsdp_version == 2 and plugin.cpu_ram_efficient_loading:
+        raise UnsupportedError(
+            "masks cannot be trained under FSDP2 with cpu_ram_efficient_loading=True, which loads weights in the first process "
+            "alone and cannot hand on the fingerprints that masks keep of them; set fsdp_cpu_ram_efficient_loading: false in the "
+            'file of accelerate launch, or fsdp_config={"cpu_ram_efficient_loading": False}'
         )
 
 
