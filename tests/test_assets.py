@@ -103,6 +103,9 @@ def test_an_interrupted_call_leaves_nothing_that_counts_as_complete(fetch, tmp_p
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
+    def refused(*arguments):
+        raise OSError("no exchange here")
+
     def interrupted_conversion(gguf, staging):
         (staging / "config.json").write_text("{}")
         raise KeyboardInterrupt
@@ -110,7 +113,9 @@ def test_an_interrupted_call_leaves_nothing_that_counts_as_complete(fetch, tmp_p
     with monkeypatch.context() as patch:
         if stage == "conversion":
             patch.setattr(assets, "_convert", interrupted_conversion)
-        elif stage == "move":
+        elif stage == "move":  # where a folder that is there cannot be exchanged in one step
+            (tmp_path / "cache" / "SmolLM2-135M-Instruct").mkdir(parents=True)
+            patch.setattr("hf_nmsparse.files.exchange_folders", refused)
             moves = iter([os.replace])  # the first file arrives, the second does not
             patch.setattr("hf_nmsparse.files.os.replace", lambda *paths: next(moves, interrupted)(*paths))
         else:

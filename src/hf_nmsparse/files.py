@@ -19,7 +19,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from .errors import FormatError
-from .folder_locks import exchange_folders, locked, remove_entry, staging_in
+from .folder_locks import exchange_folders, locked, remove_entry, staging_in, umask
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def _fill(handle: int, temporary: str, path: Path, data: bytes | str) -> None:
             stream.write(data.encode() if isinstance(data, str) else data)
             stream.flush()
             os.fsync(stream.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
+        os.chmod(temporary, 0o666 & ~umask())
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -162,7 +162,7 @@ def _publish(staging: Path, folder: Path, written: list[Path], replaced: Callabl
     if not folder.exists():
         os.rename(staging, folder)
         return
-    if staging.parents[1] == folder.parent and not _is_working_directory(folder):
+    if staging.parent == folder.parent and not _is_working_directory(folder):
         try:
             exchange_folders(staging, folder, lambda entry: entry.name not in names and replaced(entry))
             return
@@ -254,9 +254,3 @@ def _target(path: Path) -> str | None:
     """The name of what a temporary file or folder was to become, as `tempfile` names it above; `None` for others."""
     match = re.fullmatch(r"\.(.+)\.(?:new-)?[a-z0-9_]{8}", path.name)
     return match[1] if match else None
-
-
-def _umask() -> int:
-    value = os.umask(0)
-    os.umask(value)
-    return value

@@ -13,6 +13,7 @@ import errno
 import glob
 import os
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -70,27 +71,33 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def staging_in(home: Path, name: str) -> Iterator[Path]:
-    """An empty folder called `name`, in a hidden one in `home` that goes afterwards.
+    """An empty hidden folder in `home`, to become one that is called `name` there; what is left of it goes afterwards.
 
-    Those that killed processes have left for this name go too: a lock in a hidden folder says that its process lives. It is
-    not the folder's own lock, as another staging folder may be wanted beside this one.
+    It lies where `name` will, so that relative paths in it hold. Those that killed processes have left for this name go too: a
+    locked file beside a hidden folder says that its process lives. It is not the folder's own lock, as others may be wanted in it.
     """
     prefix = f".{name}.new-"
     with locked(home):
-        for left in home.glob(f"{glob.escape(prefix)}*"):
-            handle = _opened_file(left / "lock")
+        for name in {path.name.removesuffix(LOCK_FILE) for path in home.glob(f"{glob.escape(prefix)}*")}:
+            handle = _opened_file(home / (name + LOCK_FILE))
             if handle is not None and handle >= 0:
-                shutil.rmtree(left, ignore_errors=True)
+                _remove_staging(home / name)
             release(handle)
-        hidden = Path(tempfile.mkdtemp(dir=home, prefix=prefix))
-        handle = _opened_file(hidden / "lock")
+        staging = Path(tempfile.mkdtemp(dir=home, prefix=prefix))
+        handle = _opened_file(home / (staging.name + LOCK_FILE))
     try:
-        staging = hidden / name
-        staging.mkdir()
+        # What mkdtemp makes is for its owner alone.
+        staging.chmod(stat.S_IMODE(staging.stat().st_mode) | (0o777 & ~umask()))
         yield staging
     finally:
-        shutil.rmtree(hidden, ignore_errors=True)
+        _remove_staging(staging)
         release(handle)
+
+
+def _remove_staging(staging: Path) -> None:
+    shutil.rmtree(staging, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        staging.with_name(staging.name + LOCK_FILE).unlink()
 
 
 def release(handle: int | None) -> None:
@@ -155,6 +162,13 @@ def exchange_folders(new: Path, folder: Path, dropped: Callable[[Path], bool]) -
         raise OSError(number, os.strerror(number), str(folder))
     with contextlib.suppress(OSError):  # the folder is in place: nothing may be said to have failed
         _link_rest(new, folder, dropped)
+
+
+def umask() -> int:
+    """What the process takes away of the permissions of new files."""
+    value = os.umask(0)
+    os.umask(value)
+    return value
 
 
 def _library() -> ctypes.CDLL | None:

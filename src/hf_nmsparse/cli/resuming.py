@@ -14,7 +14,15 @@ from ..errors import ConfigError, FormatError
 from ..files import full_disk_named, read_json
 from ..folder_locks import alone_in
 from .common import command_line, tell
-from .folders import CHECKPOINTS, Kind, check_output, checkpoint_damage, checkpoints_in, numbered_checkpoints
+from .folders import (
+    CHECKPOINTS,
+    COMMAND_FILE,
+    Kind,
+    check_output,
+    checkpoint_damage,
+    checkpoints_in,
+    numbered_checkpoints,
+)
 from .processes import is_first_process
 
 if TYPE_CHECKING:
@@ -126,6 +134,8 @@ def _checkpoints_kept(output: Path) -> Iterator[None]:
         if kept := checkpoints_in(output):
             again = resume_command()
             tell(f"what is done up to {kept[-1].name} is kept; to go on: {again}")
+        else:
+            (output / CHECKPOINTS / COMMAND_FILE).unlink(missing_ok=True)
         with full_disk_named(output, f"make room, then run: {again}"):
             raise
 
