@@ -25,6 +25,7 @@ from training_process import SEEN, Run, tiny_llama, train
 from transformers import TrainingArguments
 
 import hf_nmsparse as nms
+from hf_nmsparse.cli.resuming import resume_command
 from hf_nmsparse.errors import UnsupportedError
 from hf_nmsparse.training.engines import check_engine, data_process
 
@@ -334,6 +335,17 @@ def test_of_several_processes_the_first_answers_and_each_tells_its_errors(monkey
         result = run_command(f"inspect {tmp_path / 'absent'} --json", code=2)
         assert bool(result.stdout) == (rank == "0")
         assert "absent" in result.stderr
+
+
+def test_the_command_that_goes_on_does_not_forget_that_there_were_several_processes(monkeypatch):
+    monkeypatch.setattr(
+        sys, "argv", ["nmsparse", "train", "base", "--resume_from_checkpoint", "a b", "--output", "c d"]
+    )
+    assert resume_command() == "nmsparse train base --output 'c d' --resume"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    expected = "LAUNCHER_OF_2_PROCESSES -m hf_nmsparse.cli train base --output 'c d' --resume"
+    assert resume_command() == expected
 
 
 def test_one_process_cannot_keep_the_teacher_of_several(monkeypatch, base_folder, tmp_path):

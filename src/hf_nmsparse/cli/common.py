@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import BaseModelMismatchError, FormatError, NMSparseError
-from .processes import is_first_process
+from .processes import is_first_process, process_count
 
 if TYPE_CHECKING:
     from ..results import RunResults
@@ -131,8 +131,10 @@ def size(count: int | None) -> str:
 
 
 def command_line() -> str:
-    """What was typed, for records."""
-    return shlex.join(["nmsparse", *sys.argv[1:]])
+    """What was typed, for records. Of a launcher only the number of its processes is known."""
+    count = process_count()
+    program = ["nmsparse"] if count == 1 else [f"LAUNCHER_OF_{count}_PROCESSES", "-m", "hf_nmsparse.cli"]
+    return shlex.join([*program, *sys.argv[1:]])
 
 
 def new_results(**known: Any) -> RunResults:
