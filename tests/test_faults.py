@@ -416,6 +416,18 @@ def test_the_working_directory_stays_the_same_folder(tmp_path, monkeypatch):
     assert Path("file").read_text() == "text"
 
 
+def test_the_folder_of_another_user_stays_theirs(tmp_path, monkeypatch):
+    def chown(*_, **__):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    write_file(tmp_path / "out" / "file", "old")
+    before = (tmp_path / "out").stat()
+    monkeypatch.setattr(os, "chown", chown)
+    with staged_folder(tmp_path / "out") as staging:
+        write_file(staging / "file", "new")
+    assert os.path.samestat((tmp_path / "out").stat(), before) and contents(tmp_path / "out") == {"file": b"new"}
+
+
 def test_a_folder_that_is_held_twice_is_refused(tmp_path):
     with alone_in(tmp_path / "run"), pytest.raises(ConfigError, match="in use"), alone_in(tmp_path / "run"):
         pass

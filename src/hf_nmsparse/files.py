@@ -128,8 +128,8 @@ def staged_folder(folder: str | os.PathLike, replaced: Callable[[Path], bool] = 
 
     Files of `folder` that the body does not write stay. If the body fails, or the process is killed at any moment, `folder`
     is as it was. On Linux a folder that is there is exchanged for the new one in one step. Elsewhere, and for the working
-    directory, a mount point or a file system that cannot do this, files are renamed into it one by one, and a kill between
-    two of them leaves some new.
+    directory, a mount point, another user's folder or a file system that cannot do this, files are renamed into it one by
+    one, and a kill between two of them leaves some new.
 
     Args:
         folder (`str` or `Path`): to write into; made if it is new. A link is followed.

@@ -148,14 +148,13 @@ def exchange_folders(new: Path, folder: Path, dropped: Callable[[Path], bool]) -
         dropped (`Callable[[Path], bool]`): entries that are not taken over.
 
     Raises:
-        OSError: if the system or the file system cannot do it; `folder` is as it was then.
+        OSError: if the system or the file system cannot do it, or `folder` is another user's; it is as it was then.
     """
     if not hasattr(_library(), "renameat2"):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), str(folder))
     _link_rest(folder, new, dropped)
     shutil.copystat(folder, new)
-    with contextlib.suppress(PermissionError):  # whose it is only root can say
-        os.chown(new, folder.stat().st_uid, folder.stat().st_gid)
+    os.chown(new, folder.stat().st_uid, folder.stat().st_gid)  # refused for another user's, who would lose it
     paths = [os.fsencode(path) for path in (new, folder)]
     if _library().renameat2(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE):
         number = ctypes.get_errno()
