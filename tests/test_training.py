@@ -199,6 +199,14 @@ def test_logits_have_their_own_group_without_weight_decay(llama, windows, tmp_pa
     assert any(g["weight_decay"] == 0.1 and len(g["params"]) == 1 for g in groups)
 
 
+@pytest.mark.parametrize(("config", "counts"), [({}, [0, 0, 14]), ({"low_rank": 2}, [28, 0, 14])])
+def test_the_optimizer_has_the_groups_of_earlier_checkpoints(llama, windows, tmp_path, config, counts):
+    """Torch resumes with as many groups only, and a scheduler takes the rates of a checkpoint by their places."""
+    model = get_peft_model(llama, NMSparseConfig(**config))
+    trainer = nms.NMSparseTrainer(model=model, args=arguments(tmp_path), train_dataset=TokenWindows(windows))
+    assert [len(group["params"]) for group in trainer.create_optimizer().param_groups] == counts
+
+
 @pytest.mark.parametrize(("learning_rate", "warned"), [(1e-3, True), (1e-2, False)])
 def test_a_run_too_short_to_change_any_mask_is_warned_about(llama, windows, tmp_path, caplog, learning_rate, warned):
     model = get_peft_model(llama, NMSparseConfig(prior_strength=3.0))

@@ -111,8 +111,9 @@ class NMSparseTrainer(DistillingTrainer):
         _move_to_group(optimizer, logits, mask_rate, self.mask_weight_decay, self.mask_optimizer_states)
         if self.mask_optimizer_states is not None:
             _move_to_group(optimizer, weights, rate, self.args.weight_decay, self.mask_optimizer_states)
-        # Torch resumes FSDP2 with one empty group at most.
-        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # torch resumes FSDP2 with one empty group at most
+            # Elsewhere they stay: checkpoints have had them from the beginning, and resume with as many only.
+            optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
 
     def _check_in_backward(self) -> None:
