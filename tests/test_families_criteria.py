@@ -7,6 +7,7 @@ import copy
 import logging
 import re
 from collections import UserDict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -247,6 +248,17 @@ def test_encoder_and_decoder_are_found_and_either_can_stay_dense():
         report = prune(model, "wanda", "2:4", [inputs_for("t5")], dense_layers=[dense], progress=False)
         assert report.layers and not any(layer.name.startswith(dense) for layer in report.layers)
         assert report.tokens == inputs_for("t5")["input_ids" if dense == "decoder" else "decoder_input_ids"].numel()
+
+
+def test_a_module_of_ones_own_whose_config_has_a_text_config_needs_no_get_decoder():
+    class Plain(torch.nn.Module):
+        config = SimpleNamespace(text_config=SimpleNamespace())
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = torch.nn.ModuleList([torch.nn.Linear(8, 8)])
+
+    assert [stack for stack, _ in find_stacks(Plain())] == ["blocks"]
 
 
 def test_tokens_alone_are_also_what_the_decoder_of_t5_gets():

@@ -182,7 +182,8 @@ def find_stacks(model: nn.Module, holding: Collection[nn.Module] | None = None) 
 def _text_part(model: nn.Module) -> set[nn.Module]:
     """Modules of the language model, where the config says that it is one part among others."""
     several = getattr(getattr(model, "config", None), "text_config", None) is not None
-    return set((model.get_decoder() if several else model).modules())
+    decoder = getattr(model, "get_decoder", None) if several else None
+    return set((model if decoder is None else decoder()).modules())
 
 
 def expert_view(module: nn.Module, expert: int, parameter: torch.Tensor) -> torch.Tensor:
