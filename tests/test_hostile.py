@@ -144,7 +144,7 @@ def test_a_digest_of_terms_in_another_dtype_is_refused(terms, door):
     tensors = load_file(terms / MASK)
     name = next(name for name in tensors if name.endswith(".nmsparse_terms"))
     save_file(tensors | {name: tensors[name].view(torch.float8_e4m3fn)}, terms / MASK, {"format": "pt"})
-    with pytest.raises(FormatError, match="nmsparse_terms|digest"):
+    with pytest.raises(FormatError, match=r"nmsparse_terms|digest"):
         doors(terms)[door]()
 
 
