@@ -20,6 +20,8 @@ from small_inputs import make_inputs
 from tests_support import rewrite
 
 from hf_nmsparse.cli.findings import Findings
+from hf_nmsparse.cli.folders import checkpoint_damage
+from hf_nmsparse.cli.resuming import was_finished
 from hf_nmsparse.files import staged_folder
 from hf_nmsparse.ops.linear24.tables import forget_tables
 from hf_nmsparse.ops.native_build import native_library
@@ -376,3 +378,10 @@ def test_a_repo_of_the_hub(there, monkeypatch):
         assert "2:4 in 14 layers" in found("user/masks --task law")["codes"]["found"]
         run("push packed user/packed")
         assert "import hf_nmsparse before" in found("user/packed")["in Python"]["advice"]
+
+
+def test_a_checkpoint_that_logged_each_of_many_steps_is_whole(tmp_path):
+    state = {"global_step": 4, "max_steps": 9, "log_history": [{"loss": "x" * 1000}] * 20_000}
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    assert checkpoint_damage(tmp_path, ["trainer_state.json"]) == []
+    assert was_finished(tmp_path)

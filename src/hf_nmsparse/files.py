@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 RESULTS_FILE = "results.json"  # what is known of a mask or model, beside it
 MAX_JSON_BYTES = 16 << 20
+MAX_LIST_BYTES = 1 << 30  # the Trainer's state has an entry for each time it logged, an index one for each tensor
 _MAX_HEADER_BYTES = 16 << 20  # of a safetensors file: a hundred thousand tensors
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError, FormatError
-from ..files import RESULTS_FILE, leftovers, read_json
+from ..files import MAX_LIST_BYTES, RESULTS_FILE, leftovers, read_json
 from .common import one_line, size
 from .findings import Findings
 from .folders import (
@@ -175,7 +175,7 @@ def _missing_shards(folder: Path) -> list[str]:
     """
     named: set[str] = set()
     for index in folder.glob("*.safetensors.index.json"):
-        shards = (read_json(index) or {}).get("weight_map")
+        shards = (read_json(index, MAX_LIST_BYTES) or {}).get("weight_map")
         if not isinstance(shards, dict):
             raise FormatError(f"{index} has no weight_map; fetch it again")
         named |= set(map(str, shards.values()))
@@ -256,7 +256,7 @@ def _run(findings: Findings, checkpoints: list[Path], finished: bool) -> None:
 
 
 def _step(checkpoint: Path) -> str:
-    state = read_json(checkpoint / "trainer_state.json")
+    state = read_json(checkpoint / "trainer_state.json", MAX_LIST_BYTES)
     return f", step {state.get('global_step')} of {state.get('max_steps')}" if state else ""
 
 

@@ -10,7 +10,7 @@ from enum import Enum
 from pathlib import Path
 
 from ..errors import ConfigError, FormatError
-from ..files import RESULTS_FILE, read_json, staged_folder
+from ..files import MAX_LIST_BYTES, RESULTS_FILE, read_json, staged_folder
 from ..folder_locks import LOCK_FILE
 from .common import size
 
@@ -112,7 +112,7 @@ def _is_whole(path: Path) -> bool:
         return zipfile.is_zipfile(path)
     try:
         if path.suffix == ".json":
-            read_json(path)
+            read_json(path, MAX_LIST_BYTES)
         else:
             stored_tensors(path.parent, path.name)
     except FormatError:

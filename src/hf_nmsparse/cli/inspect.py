@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigError, FormatError
-from ..files import RESULTS_FILE, read_json
+from ..files import MAX_LIST_BYTES, RESULTS_FILE, read_json
 from .common import facts_table, size, verb
 from .folders import Kind, checkpoints_in, folder_bytes, kind_of, stored_tensors
 from .models import locate
@@ -104,7 +104,7 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
     from ..hub.mask_file import PREFIX, stored_paths
 
     config = read_json(folder / "adapter_config.json") or {}
-    state = read_json(folder / "trainer_state.json") or {}
+    state = read_json(folder / "trainer_state.json", MAX_LIST_BYTES) or {}
     tensors = stored_tensors(folder)
     parts = {name: name.removeprefix(PREFIX).removesuffix(".weight").rpartition(".") for name in tensors}
     trained = {

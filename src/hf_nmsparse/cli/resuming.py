@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError, FormatError
-from ..files import full_disk_named, read_json
+from ..files import MAX_LIST_BYTES, full_disk_named, read_json
 from ..folder_locks import alone_in
 from .common import command_line, tell
 from .folders import (
@@ -76,7 +76,7 @@ def _newest(there: list[Path]) -> Path | None:
 def was_finished(checkpoint: Path) -> bool:
     """Whether a checkpoint was written to its end."""
     try:
-        return read_json(checkpoint / _LAST_FILE) is not None
+        return read_json(checkpoint / _LAST_FILE, MAX_LIST_BYTES) is not None
     except FormatError:
         return False
 
