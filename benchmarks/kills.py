@@ -20,6 +20,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -33,6 +34,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from timing import write_results
 from tokenizers import Tokenizer, models, pre_tokenizers
+from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import hf_nmsparse as nms
@@ -48,6 +50,8 @@ TRAIN = (
 )
 TRAIN += " --per_device_train_batch_size 2 --logging_steps 1 --learning_rate 0.05 --report_to none"
 PRUNE = "prune base --criterion sparsegpt --calibration text.txt --samples 8 --sequence-length 32 --output {output}"
+
+tqdm.set_lock(threading.RLock())  # its own is shared with forks: one that was killed would keep it, and stop us
 
 
 def main() -> None:
