@@ -245,13 +245,12 @@ def _naming(place: str | os.PathLike) -> Iterator[None]:
 def leftovers(folder: str | os.PathLike) -> list[Path]:
     """What writers that were killed have left in a folder, or beside it on its way there. One that runs now has them too."""
     folder = Path(folder).resolve()
-    inside = folder.iterdir() if folder.is_dir() else ()
-    found = [path for path in inside if (name := _target(path)) and (path.is_dir() or "." in name)]
-    beside = folder.parent.glob(f".{glob.escape(folder.name)}.*")
-    return sorted([*found, *(path for path in beside if path.is_dir() and _target(path) == folder.name)])
+    inside = [path for path in folder.iterdir() if _is_on_its_way(path)] if folder.is_dir() else []
+    beside = folder.parent.glob(f".{glob.escape(folder.name)}.new-*")
+    return sorted([*inside, *(path for path in beside if path.is_dir() and _is_on_its_way(path))])
 
 
-def _target(path: Path) -> str | None:
-    """The name of what a temporary file or folder was to become, as `tempfile` names it above; `None` for others."""
-    match = re.fullmatch(r"\.(.+)\.(?:new-)?[a-z0-9_]{8}", path.name)
-    return match[1] if match else None
+def _is_on_its_way(path: Path) -> bool:
+    """Whether a path is called as `staged_folder` and `write_file` call what is not yet in its place."""
+    kind = r"\..+\.new-[a-z0-9_]{8}" if path.is_dir() else r"\..+\..+\.[a-z0-9_]{8}"
+    return re.fullmatch(kind, path.name) is not None

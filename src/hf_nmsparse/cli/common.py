@@ -146,10 +146,11 @@ def new_results(**known: Any) -> RunResults:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, that of a GPU or of the machine."""
-    import torch
-
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    # By name: torch may not be there yet, and takes seconds to import.
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
     )
 
 
