@@ -156,6 +156,32 @@ def test_a_config_under_which_the_same_codes_or_terms_mean_others_is_refused(ter
         doors(terms)[door]()
 
 
+def test_a_config_whose_checksum_lost_its_name_is_refused(terms):
+    rewrite(terms / CONFIG, pattern="3:4")
+    text = (terms / CONFIG).read_text()
+    (terms / CONFIG).write_text(text.replace('"checksum"', '"chdcksum"'))
+    for load in (lambda: nms.read_mask(terms), lambda: nms.load_mask(tiny_llama(), terms), lambda: nms.verify(terms)):
+        with pytest.raises(FormatError, match="chdcksum"):
+            load()
+
+
+@pytest.mark.parametrize("door", ["nms.load_mask", "PeftModel"])
+def test_a_digest_of_terms_that_lost_its_name_is_refused(terms, door):
+    tensors = load_file(terms / MASK)
+    name = next(name for name in tensors if name.endswith(".nmsparse_terms"))
+    tensors[name.replace("nmsparse", "nmsparqe")] = tensors.pop(name)
+    save_file(tensors, terms / MASK, {"format": "pt"})
+    with pytest.raises(FormatError, match="nmsparqe"):
+        doors(terms)[door]()
+
+
+@pytest.mark.parametrize("door", ["nms.load_mask", "PeftModel"])
+def test_a_config_that_names_no_layer_is_refused(terms, door):
+    rewrite(terms / CONFIG, target_modules=[])
+    with pytest.raises(FormatError, match="target_modules"):
+        doors(terms)[door]()
+
+
 def test_the_checksum_of_a_config_follows_its_fields_through_peft(terms, tmp_path):
     nms.load_mask(tiny_llama(), terms).save_pretrained(tmp_path / "again")
     first, again = (json.loads((folder / CONFIG).read_text())["checksum"] for folder in (terms, tmp_path / "again"))

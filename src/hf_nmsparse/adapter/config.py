@@ -262,6 +262,11 @@ class NMSparseConfig(PeftConfig):
                 f"target_modules={self.target_modules!r}: a published mask lists the names of its layers; the config is damaged or "
                 "hostile, fetch the mask again"
             )
+        if self.target_modules is not None and not self.target_modules and not self.target_parameters:
+            raise FormatError(
+                f"target_modules={self.target_modules!r}: a published mask lists the names of its layers, and has some; the config "
+                "is damaged, fetch the mask again"
+            )
         for name in ("exclude_modules", "layers_pattern", "layers_to_transform"):
             if getattr(self, name) is not None:
                 raise FormatError(

@@ -183,6 +183,13 @@ def _read_config(path: Path) -> tuple[NMSparseConfig, GeneralMask | None]:
     if not isinstance(content, dict) or content.get("peft_type") != "NMSPARSE":
         raise FormatError(f"{path} is not the config of a mask (peft_type NMSPARSE)")
     known = {key: value for key, value in content.items() if key in NMSparseConfig.__dataclass_fields__}
+    strange = sorted(content.keys() - known.keys())
+    if (
+        strange and "checksum" not in content
+    ):  # its own name may be what is damaged; later versions of PEFT may add fields
+        raise FormatError(
+            f"{path}: no config of a mask has a field {strange[0]!r:.80}, and 'checksum' is missing; it is damaged, fetch the mask again"
+        )
     general = None
     if content.get("mask_format") == "delta":
         general = GeneralMask.of_json(content.get(FIELD), path)
