@@ -273,12 +273,11 @@ class NMSparseConfig(PeftConfig):
                     f"{name}={getattr(self, name)!r}: a published mask lists the names of its layers and leaves none out; the "
                     "config is damaged or hostile, fetch the mask again"
                 )
-
         for name in ("modules_to_save", "trainable_token_indices"):
             if getattr(self, name):
                 raise FormatError(
-                    f"{name}={getattr(self, name)!r}: a published mask holds codes only, yet modules_to_save or "
-                    "trainable_token_indices is set; fetch the mask again"
+                    f"{name}={getattr(self, name)!r:.80}: a published mask holds codes and terms, and trains nothing else; the config "
+                    "is damaged or hostile, fetch the mask again"
                 )
 
     def _check_checksum(self) -> None:

@@ -278,10 +278,7 @@ def train(
                 "give the text to learn from, --data TEXT, or --self-data TOKENS to have the model write it"
             )
         taught = distillation(distill, distill_weight, distill_temperature, distill_top_k, distill_hidden)
-        if teacher_cache is not None and distill_top_k is None:
-            raise ConfigError("--teacher-cache keeps the likeliest tokens; it needs --distill --distill-top-k K")
-        if teacher_cache is not None and process_count() > 1:
-            raise ConfigError("--teacher-cache is for one process; of several each would see another part of the text")
+        _check_teacher_cache(teacher_cache, distill_top_k)
         run = TrainingRun(
             name=model,
             data=data,
@@ -324,6 +321,14 @@ def train(
                 tell(f"stopped after step {step}, with a checkpoint; to go on: {again}")
                 return
             run.publish(answer, trainer, output)
+
+
+def _check_teacher_cache(teacher_cache: Path | None, distill_top_k: int | None) -> None:
+    """Refuse a kept teacher that would have nothing to keep, or only a part."""
+    if teacher_cache is not None and distill_top_k is None:
+        raise ConfigError("--teacher-cache keeps the likeliest tokens; it needs --distill --distill-top-k K")
+    if teacher_cache is not None and process_count() > 1:
+        raise ConfigError("--teacher-cache is for one process; of several each would see another part of the text")
 
 
 def _check_trained_weights(config: NMSparseConfig, blockwise_steps: int | None, delta_to: str | None) -> None:
